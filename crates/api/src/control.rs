@@ -1,0 +1,321 @@
+//! The protocol between `straked` and one `strake-vmm`.
+//!
+//! The carrier is a `SOCK_SEQPACKET` unix socket. Each packet is one JSON document
+//! ([`Packet`]), at most [`MAX_PACKET`] bytes, and may carry descriptors (`SCM_RIGHTS`, at most
+//! [`MAX_FDS`]). Where a message names a descriptor it does so by [`FdIndex`], its place among the
+//! descriptors of the same packet.
+//!
+//! The monitor inherits a *listening* socket as descriptor [`LISTEN_FD`] and serves one connection
+//! after another, the newest replacing the one before. So the daemon may die and come back: it
+//! connects again and asks for [`Request::Status`]. A lost connection changes nothing in the VM.
+//!
+//! Requests carry an identifier that their reply repeats. Events come unasked and carry 0.
+
+use serde::{Deserialize, Serialize};
+use strake_observe::Observation;
+
+use crate::job::{JobId, MigrationLimits, MigrationStatus};
+
+/// The version of this protocol. A monitor refuses another one by name.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The descriptor number at which a monitor finds its listening control socket.
+pub const LISTEN_FD: i32 = 3;
+
+/// The largest packet, in bytes.
+pub const MAX_PACKET: usize = 128 * 1024;
+
+/// The most descriptors in one packet (the kernel's own bound is 253).
+pub const MAX_FDS: usize = 64;
+
+/// The place of a descriptor among those of its packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FdIndex(pub u8);
+
+/// One packet.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Packet {
+    /// Of a request, and of its reply; 0 for events.
+    pub id: u64,
+    /// What it says.
+    pub body: Body,
+}
+
+/// What a packet says.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Body {
+    /// Daemon to monitor.
+    Request(Request),
+    /// Monitor to daemon.
+    Reply(Reply),
+    /// Monitor to daemon, unasked.
+    Event(Event),
+}
+
+/// What a daemon asks of a monitor.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// First on each connection. Answered by [`Reply::Hello`].
+    Hello {
+        /// [`PROTOCOL_VERSION`] of the daemon.
+        version: u32,
+    },
+    /// Builds the machine; the guest does not run yet. Once per process.
+    Configure(Box<MachineConfig>),
+    /// Runs the guest from its start.
+    Start,
+    /// Pauses the vCPUs.
+    Pause,
+    /// Lets them run again.
+    Resume,
+    /// Answered by [`Reply::Status`].
+    Status,
+    /// Presses the ACPI power button: asks the guest to shut down.
+    PowerButton,
+    /// Stops the guest at once, flushes the disks, and exits.
+    Stop,
+    /// Attaches a stream socket to the serial console: output from now on, input at any time.
+    /// Several may be attached; one that does not read loses output, never blocks the guest.
+    AttachConsole {
+        /// The monitor's end.
+        stream: FdIndex,
+    },
+    /// Starts a migration with method `dirty`. Answered by [`Reply::Done`] once it is accepted.
+    MigrateDisk {
+        /// Names it from now on.
+        job: JobId,
+        /// The disk's name.
+        disk: String,
+        /// The destination: an empty, writable image at least as large as the disk.
+        destination: FdIndex,
+        /// Its path, for observations only.
+        destination_path: String,
+        /// The job's journal file beside the destination.
+        journal: FdIndex,
+        /// Limits.
+        limits: MigrationLimits,
+    },
+    /// Answered by [`Reply::Job`].
+    JobStatus {
+        /// Which.
+        job: JobId,
+    },
+    /// Ends a job; the disk stays on its source. Refused once the daemon was asked to commit.
+    CancelJob {
+        /// Which.
+        job: JobId,
+    },
+    /// The answer to [`Event::JobAwaitsCommit`]: what the inventory's transaction decided.
+    JobDecision {
+        /// Which.
+        job: JobId,
+        /// Whether the binding record now names the destination.
+        committed: bool,
+    },
+}
+
+/// What a monitor answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// It was done.
+    Done,
+    /// It was not done; nothing changed.
+    Failed(Observation),
+    /// Who the monitor is.
+    Hello {
+        /// [`PROTOCOL_VERSION`] of the monitor.
+        version: u32,
+        /// The version of its binary.
+        monitor: String,
+        /// The VM it runs, once it is configured.
+        vm: Option<String>,
+    },
+    /// How the VM is.
+    Status(VmStatus),
+    /// How a job is.
+    Job(MigrationStatus),
+}
+
+/// What a monitor says unasked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Event {
+    /// The VM's state changed.
+    State(RunState),
+    /// All is at the destination and flushed; the disk's gate is closed. The daemon answers with
+    /// [`Request::JobDecision`]. Sent again on each new connection until it is answered.
+    JobAwaitsCommit {
+        /// Which.
+        job: JobId,
+    },
+    /// A job reached a final phase.
+    JobEnded(MigrationStatus),
+    /// Something was seen that no request waits for, for example a failed guest write.
+    Observed(Observation),
+}
+
+/// What a VM does.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// The monitor waits for [`Request::Configure`].
+    Unconfigured,
+    /// Built, not started.
+    Built,
+    /// The guest runs.
+    Running,
+    /// The vCPUs are paused.
+    Paused,
+    /// The guest shut down or asked for power off; the monitor is about to exit.
+    Exited(ExitReason),
+}
+
+/// Why a guest no longer runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExitReason {
+    /// The guest powered off (ACPI S5).
+    GuestPowerOff,
+    /// The guest asked for a reset (ACPI, keyboard controller or triple fault); the monitor ends
+    /// and the daemon starts the VM anew.
+    GuestReset,
+    /// [`Request::Stop`].
+    Stopped,
+    /// The monitor cannot go on.
+    Failed(Observation),
+}
+
+/// How a VM is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VmStatus {
+    /// What it does.
+    pub state: RunState,
+    /// Milliseconds since [`Request::Start`].
+    pub uptime_ms: u64,
+    /// Its disks.
+    pub disks: Vec<DiskStatus>,
+    /// The jobs of this process, ended ones included.
+    pub jobs: Vec<MigrationStatus>,
+}
+
+/// How a disk is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// Its name in the spec.
+    pub name: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// Requests and bytes since the start.
+    pub counters: DiskCounters,
+}
+
+/// What a guest did with a disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskCounters {
+    /// Read requests.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Bytes written.
+    pub write_bytes: u64,
+    /// Flush requests.
+    pub flushes: u64,
+    /// Discard and write-zeroes requests.
+    pub discards: u64,
+    /// Requests that failed.
+    pub errors: u64,
+}
+
+/// Everything a monitor needs to build its machine. Paths are names for observations: the monitor
+/// opens none of them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MachineConfig {
+    /// The VM's name.
+    pub vm: String,
+    /// How many vCPUs, 1 to 16.
+    pub cpus: u8,
+    /// `/dev/kvm`.
+    pub kvm: FdIndex,
+    /// The guest's RAM.
+    pub memory: MemoryConfig,
+    /// What to boot.
+    pub boot: BootConfig,
+    /// Disks, in the order of the spec.
+    pub disks: Vec<DiskConfig>,
+    /// Network interfaces, in the order of the spec.
+    pub nics: Vec<NicConfig>,
+    /// The file that the serial console's output is appended to.
+    pub console_log: FdIndex,
+}
+
+/// The guest's RAM: one memfd, mapped below and above the hole under 4 GiB.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MemoryConfig {
+    /// Bytes, a multiple of 2 MiB.
+    pub size: u64,
+    /// A memfd of that size.
+    pub memfd: FdIndex,
+}
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "from", rename_all = "kebab-case")]
+pub enum BootConfig {
+    /// A kernel from the host: bzImage or ELF with a PVH note.
+    Kernel {
+        /// The kernel file.
+        kernel: FdIndex,
+        /// Its path.
+        kernel_path: String,
+        /// The initial RAM disk.
+        initrd: Option<FdIndex>,
+        /// The command line.
+        cmdline: String,
+    },
+    /// The kernel, initial RAM disk and command line that the guest's own disk image names.
+    Disk {
+        /// The disk's name.
+        disk: String,
+        /// Appended to the image's own command line.
+        cmdline_append: String,
+    },
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DiskConfig {
+    /// Its name in the spec.
+    pub name: String,
+    /// Its PCI slot, 1 to 31, recorded by the inventory so that it never changes by accident.
+    pub slot: u8,
+    /// The image, open for reading and, unless read-only, writing; with O_DIRECT where the file
+    /// system can.
+    pub image: FdIndex,
+    /// Its path, for observations only.
+    pub path: String,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// What the guest sees as its serial number, at most 20 bytes.
+    pub serial: String,
+    /// How many virtqueues, 1 to 16.
+    pub queues: u16,
+}
+
+/// One network interface.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NicConfig {
+    /// Its name in the spec.
+    pub name: String,
+    /// Its PCI slot.
+    pub slot: u8,
+    /// The tap device, opened with IFF_NO_PI and IFF_VNET_HDR.
+    pub tap: FdIndex,
+    /// Its MAC address.
+    pub mac: [u8; 6],
+}

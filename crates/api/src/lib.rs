@@ -1,0 +1,12 @@
+//! The VM spec and every request and response between Strake's processes. Types only: nothing
+//! here knows how anything is done.
+//!
+//! * [`spec`]: what an operator writes about a VM, in TOML, and its validation.
+//! * [`rest`]: the daemon's API over HTTP, as JSON.
+//! * [`control`]: the daemon's protocol with a monitor, as packets with descriptors.
+//! * [`job`]: progress of long work, the same in both protocols.
+
+pub mod control;
+pub mod job;
+pub mod rest;
+pub mod spec;

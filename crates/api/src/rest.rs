@@ -1,0 +1,212 @@
+//! The daemon's REST API: JSON over HTTP on a unix socket.
+//!
+//! | request | answer |
+//! | --- | --- |
+//! | `GET /v1/host` | [`HostInfo`] |
+//! | `GET /v1/vms` | list of [`Vm`] |
+//! | `POST /v1/vms` with [`CreateVm`] | [`Vm`] |
+//! | `GET /v1/vms/{name}` | [`Vm`] |
+//! | `DELETE /v1/vms/{name}?disks=keep\|delete` | – |
+//! | `POST /v1/vms/{name}/start` | [`Vm`] |
+//! | `POST /v1/vms/{name}/stop` with [`StopVm`] | [`Vm`] |
+//! | `GET /v1/vms/{name}/log?tail=BYTES` | the serial console's output so far, as bytes |
+//! | `POST /v1/vms/{name}/console` with `Upgrade: strake-console` | 101, then the console both ways |
+//! | `POST /v1/vms/{name}/disks/{disk}/migrate` with [`MigrateDisk`] | [`Job`] |
+//! | `GET /v1/jobs` | list of [`Job`] |
+//! | `GET /v1/jobs/{id}` | [`Job`] |
+//! | `POST /v1/jobs/{id}/cancel` | [`Job`] |
+//! | `GET /v1/datastores` | list of [`Datastore`] |
+//! | `POST /v1/datastores` with [`AddDatastore`] | [`Datastore`] |
+//! | `DELETE /v1/datastores/{name}` | – |
+//! | `GET /v1/observations?since=SEQ` | list of [`strake_observe::Recorded`] |
+//!
+//! A failure is [`Problem`] (RFC 9457) with the observation tree, as `application/problem+json`.
+
+use serde::{Deserialize, Serialize};
+use strake_observe::Observation;
+
+use crate::control::{DiskCounters, ExitReason};
+use crate::job::{MigrationLimits, MigrationStatus};
+use crate::spec::VmSpec;
+
+/// A failure: RFC 9457, with the observation tree as an extension member.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Problem {
+    /// `tag:strake,2026:` and the observation's identifier.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The observation's text.
+    pub title: String,
+    /// The HTTP status.
+    pub status: u16,
+    /// The remedy.
+    pub detail: String,
+    /// The whole tree.
+    pub observation: Observation,
+}
+
+/// What the daemon and its host are.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct HostInfo {
+    /// The daemon's version.
+    pub version: String,
+    /// The daemon's process identifier.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_s: u64,
+    /// The host's name.
+    pub hostname: String,
+    /// VMs that run.
+    pub running: u32,
+    /// VMs in the inventory.
+    pub vms: u32,
+}
+
+/// Asks for a new VM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVm {
+    /// Its name: letters, digits, `-`, `_` and `.`, at most 63 characters, a letter or digit first.
+    pub name: String,
+    /// What it is.
+    pub spec: VmSpec,
+}
+
+/// How to stop a VM.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StopVm {
+    /// Do not ask the guest: stop at once (disks are flushed).
+    pub force: bool,
+    /// Seconds to wait for the guest; then the stop fails and the VM keeps running.
+    pub timeout_s: Option<u64>,
+}
+
+/// A VM as the inventory knows it, with its monitor's view where one runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Vm {
+    /// Its name.
+    pub name: String,
+    /// Grows with each change of the record.
+    pub revision: u64,
+    /// What it does.
+    pub state: VmState,
+    /// What it is.
+    pub spec: VmSpec,
+    /// The monitor's process, while one runs.
+    pub pid: Option<u32>,
+    /// Milliseconds since it started.
+    pub uptime_ms: Option<u64>,
+    /// Why it last ended.
+    pub last_exit: Option<ExitReason>,
+    /// Its disks and where they are: the authoritative binding.
+    pub disks: Vec<Disk>,
+    /// Its network interfaces.
+    pub nics: Vec<Nic>,
+}
+
+/// What a VM does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmState {
+    /// No monitor.
+    Stopped,
+    /// A monitor is being started.
+    Starting,
+    /// The guest runs.
+    Running,
+    /// The guest is paused.
+    Paused,
+    /// The guest was asked to shut down.
+    Stopping,
+    /// The monitor ended by itself; `last_exit` says why.
+    Failed,
+}
+
+/// A disk of a VM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Disk {
+    /// Its name in the spec.
+    pub name: String,
+    /// The image that holds its data: the binding.
+    pub image: String,
+    /// The datastore of that image, if it is in one.
+    pub datastore: Option<String>,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// What the image takes on its store, in bytes, if it can be told.
+    pub allocated_bytes: Option<u64>,
+    /// Its PCI slot.
+    pub slot: u8,
+    /// What the guest did with it since the VM started.
+    pub counters: Option<DiskCounters>,
+}
+
+/// A network interface of a VM.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Nic {
+    /// Its name in the spec.
+    pub name: String,
+    /// Its tap device on the host.
+    pub tap: String,
+    /// Its MAC address, `aa:bb:cc:dd:ee:ff`.
+    pub mac: String,
+    /// Its PCI slot.
+    pub slot: u8,
+}
+
+/// Asks for a disk's migration.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateDisk {
+    /// The destination datastore.
+    pub to: String,
+    /// Limits; defaults where absent.
+    #[serde(default)]
+    pub limits: MigrationLimits,
+    /// Whether the source image is removed once the destination is authoritative.
+    #[serde(default)]
+    pub remove_source: bool,
+}
+
+/// A job as the inventory knows it, with the monitor's progress.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Job {
+    /// The VM.
+    pub vm: String,
+    /// The image that it copies from.
+    pub source: String,
+    /// The image that it copies to.
+    pub destination: String,
+    /// The destination's datastore.
+    pub to: String,
+    /// Progress.
+    pub status: MigrationStatus,
+}
+
+/// Asks for a new datastore.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddDatastore {
+    /// Its name: the same rule as for VMs.
+    pub name: String,
+    /// An existing directory, absolute.
+    pub path: String,
+}
+
+/// A datastore: a directory that holds images.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Datastore {
+    /// Its name.
+    pub name: String,
+    /// Its directory.
+    pub path: String,
+    /// Bytes in all, if it can be reached.
+    pub size_bytes: Option<u64>,
+    /// Bytes free for new data, if it can be reached.
+    pub free_bytes: Option<u64>,
+    /// How many disks of VMs lie on it.
+    pub disks: u32,
+    /// Why it cannot be used.
+    pub problem: Option<Observation>,
+}

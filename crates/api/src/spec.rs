@@ -1,0 +1,113 @@
+//! The VM spec: what an operator writes about a VM, in TOML.
+//!
+//! ```toml
+//! cpus = 2
+//! memory = "1G"
+//!
+//! [boot]
+//! from = "kernel"
+//! kernel = "/boot/vmlinuz-6.1.0-cloud-amd64"
+//! initrd = "/boot/initrd.img-6.1.0-cloud-amd64"
+//! cmdline = "root=/dev/vda1 console=ttyS0"
+//!
+//! [[disk]]
+//! name = "root"
+//! image = "fast:web1-root.raw"     # DATASTORE:FILE, or an absolute path
+//!
+//! [[nic]]
+//! name = "net0"
+//! tap = "tap-web1"
+//! ```
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// A VM, as its operator describes it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Labels, for profiles and for the operator's own order.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// How many vCPUs, 1 to 16.
+    pub cpus: u8,
+    /// The guest's RAM: `512M`, `1G`, or bytes.
+    pub memory: Bytes,
+    /// What to boot.
+    pub boot: BootSpec,
+    /// Disks, in the guest's order.
+    #[serde(default, rename = "disk")]
+    pub disks: Vec<DiskSpec>,
+    /// Network interfaces, in the guest's order.
+    #[serde(default, rename = "nic")]
+    pub nics: Vec<NicSpec>,
+}
+
+/// A number of bytes; in text a number with an optional suffix K, M, G or T (powers of 1024).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Bytes(pub u64);
+
+/// What to boot.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "from", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum BootSpec {
+    /// A kernel file of the host.
+    Kernel {
+        /// bzImage, or ELF with a PVH note; an absolute path.
+        kernel: String,
+        /// Initial RAM disk; an absolute path.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        initrd: Option<String>,
+        /// Kernel command line.
+        #[serde(default)]
+        cmdline: String,
+    },
+    /// The kernel that a disk image of the VM names in its own boot entries.
+    Disk {
+        /// Which disk; the first one if absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        disk: Option<String>,
+        /// Appended to the image's own command line.
+        #[serde(default)]
+        cmdline: String,
+    },
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskSpec {
+    /// Its name within the VM.
+    pub name: String,
+    /// Its image: `DATASTORE:FILE`, or an absolute path to a raw file or block device. The
+    /// inventory's binding overrides it once the disk has been migrated.
+    pub image: String,
+    /// If the image does not exist, an empty one of this size is created with the VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<Bytes>,
+    /// Whether the guest may not write.
+    #[serde(default, rename = "read-only")]
+    pub read_only: bool,
+    /// How many virtqueues; one for each vCPU if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicSpec {
+    /// Its name within the VM.
+    pub name: String,
+    /// The tap device on the host; created if it does not exist, `strake-VM-N` style if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tap: Option<String>,
+    /// A bridge of the host that the tap joins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+    /// Its MAC address; a locally administered one is made and recorded if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+}

@@ -1,0 +1,104 @@
+//! The flight recorder: the last observations of this process.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+
+use crate::Observation;
+
+/// How many observations a process keeps. The oldest go first.
+pub const RECORDER_CAPACITY: usize = 1024;
+
+/// Whether an observation still stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum State {
+    /// The task that met it failed.
+    Open,
+    /// The task that met it succeeded in spite of it.
+    Cleared {
+        /// The name of that task.
+        by: String,
+    },
+}
+
+/// One entry of the flight recorder.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// Grows by one for each entry of this process; a gap means that older ones were dropped.
+    pub seq: u64,
+    /// Whether it still stands.
+    #[serde(flatten)]
+    pub state: State,
+    /// What was seen.
+    pub observation: Observation,
+}
+
+/// A bounded memory of observations, open and cleared.
+#[derive(Debug)]
+pub struct FlightRecorder {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    next: u64,
+    entries: VecDeque<Recorded>,
+}
+
+static RECORDER: FlightRecorder = FlightRecorder::new();
+
+/// The flight recorder of this process.
+#[must_use]
+pub fn recorder() -> &'static FlightRecorder {
+    &RECORDER
+}
+
+impl Default for FlightRecorder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl FlightRecorder {
+    /// An empty recorder.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                next: 1,
+                entries: VecDeque::new(),
+            }),
+        }
+    }
+
+    /// Keeps one observation and returns its sequence number.
+    pub fn record(&self, observation: Observation, state: State) -> u64 {
+        // The recorder is used while things fail: a poisoned lock must not add a panic.
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let seq = inner.next;
+        inner.next += 1;
+        if inner.entries.len() == RECORDER_CAPACITY {
+            inner.entries.pop_front();
+        }
+        inner.entries.push_back(Recorded {
+            seq,
+            state,
+            observation,
+        });
+        seq
+    }
+
+    /// What was recorded after the sequence number `after` (0 for all), oldest first.
+    #[must_use]
+    pub fn since(&self, after: u64) -> Vec<Recorded> {
+        let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        inner
+            .entries
+            .iter()
+            .filter(|entry| entry.seq > after)
+            .cloned()
+            .collect()
+    }
+}
