@@ -1,0 +1,71 @@
+//! The life of a component: prepared → running ⇄ quiesced.
+//!
+//! ```text
+//!             start()             quiesce()
+//!  Prepared ───────────▶ Running ───────────▶ Quiesced
+//!                           ▲                    │
+//!                           └────────────────────┘
+//!                                 resume()
+//! ```
+//!
+//! *Prepared*: built, holds its resources, no thread of its own works for the guest.
+//! *Running*: serves the guest. *Quiesced*: all that the guest handed over before is finished or
+//! still in the guest's rings, nothing is in flight, no thread touches guest memory; accesses
+//! from vCPUs still get their answers, but nobody makes any, because vCPUs are paused first and
+//! resumed last.
+//!
+//! No method has a default: a component that forgets one does not compile.
+
+use std::fmt;
+
+use strake_observe::Result;
+
+/// Where a component is in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// Built.
+    Prepared,
+    /// Serves the guest.
+    Running,
+    /// Stands still, with nothing in flight.
+    Quiesced,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Prepared => "prepared",
+            Self::Running => "running",
+            Self::Quiesced => "quiesced",
+        })
+    }
+}
+
+/// A part of a machine with a life of its own.
+pub trait Component: Send + Sync {
+    /// Its name within the machine, for example `blk-root`.
+    fn name(&self) -> &str;
+
+    /// Where it is.
+    fn phase(&self) -> Phase;
+
+    /// Prepared → running.
+    ///
+    /// # Errors
+    /// It is not prepared, or cannot start what it needs.
+    fn start(&self) -> Result<()>;
+
+    /// Running → quiesced, within a bound that the component names. Call it after the vCPUs are
+    /// paused. On failure it still runs.
+    ///
+    /// # Errors
+    /// What is in flight did not finish within the bound.
+    fn quiesce(&self) -> Result<()>;
+
+    /// Quiesced → running. Whatever the guest asked for meanwhile is looked at again, so that no
+    /// notification is lost.
+    ///
+    /// # Errors
+    /// It cannot start again what it needs.
+    fn resume(&self) -> Result<()>;
+}
