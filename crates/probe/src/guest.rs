@@ -99,6 +99,10 @@ pub const FAMILIES: &[FamilyCode] = &[
         code: ATOMIC,
     },
     FamilyCode {
+        name: "cmpxchg16b",
+        code: CMPXCHG16B,
+    },
+    FamilyCode {
         name: "rep stos, rep movs",
         code: STRING,
     },
@@ -352,18 +356,23 @@ const EXCEPTION: &[u8] = &[
 /// Locked operations.
 #[rustfmt::skip]
 const ATOMIC: &[u8] = &[
-    0x31, 0xc0,                                          // xor %eax,%eax
-    0x31, 0xd2,                                          // xor %edx,%edx
-    0x48, 0x89, 0x06,                                    // mov %rax,(%rsi)
-    0x48, 0x89, 0x46, 0x08,                              // mov %rax,0x8(%rsi)
-    0xbb, 0x01, 0x00, 0x00, 0x00,                        // mov $0x1,%ebx
-    0xb9, 0x02, 0x00, 0x00, 0x00,                        // mov $0x2,%ecx
-    0xf0, 0x48, 0x0f, 0xc7, 0x0e,                        // lock cmpxchg16b (%rsi)
-    0x75, 0x15,                                          // jne the hlt
     0xb8, 0x05, 0x00, 0x00, 0x00,                        // mov $0x5,%eax
     0xf0, 0x48, 0x0f, 0xc1, 0x06,                        // lock xadd %rax,(%rsi)
     0x48, 0x87, 0x06,                                    // xchg %rax,(%rsi)
     0x0f, 0xae, 0xf0,                                    // mfence
+    0xb8, 0x0d, 0x60, 0x00, 0x00,                        // mov $0x600d,%eax
+    0xf4,                                                // hlt
+];
+
+/// A 16-byte compare and exchange; the memory and `rdx:rax` are zero.
+#[rustfmt::skip]
+const CMPXCHG16B: &[u8] = &[
+    0x31, 0xc0,                                          // xor %eax,%eax
+    0x31, 0xd2,                                          // xor %edx,%edx
+    0xbb, 0x01, 0x00, 0x00, 0x00,                        // mov $0x1,%ebx
+    0xb9, 0x02, 0x00, 0x00, 0x00,                        // mov $0x2,%ecx
+    0xf0, 0x48, 0x0f, 0xc7, 0x0e,                        // lock cmpxchg16b (%rsi)
+    0x75, 0x05,                                          // jne the hlt
     0xb8, 0x0d, 0x60, 0x00, 0x00,                        // mov $0x600d,%eax
     0xf4,                                                // hlt
 ];
