@@ -8,5 +8,8 @@
 
 pub mod control;
 pub mod job;
+mod observations;
 pub mod rest;
 pub mod spec;
+
+pub use observations::{CATALOG, SpecInvalid, SpecProblems, SpecRefused, SpecUnwritable};

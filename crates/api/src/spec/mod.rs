@@ -19,9 +19,28 @@
 //! tap = "tap-web1"
 //! ```
 
+//!
+//! The same rules hold on every way in: [`VmSpec::from_toml`] for a file (each problem with its
+//! line and column) and [`VmSpec::validate`] for what came as JSON.
+
+mod bytes;
+mod check;
+mod name;
+mod read;
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+
+pub use bytes::Bytes;
+pub use check::{
+    MAX_CMDLINE, MAX_CPUS, MAX_DEVICES, MAX_DISK, MAX_MEMORY, MAX_QUEUES, MEMORY_STEP, MIN_MEMORY,
+    SECTOR,
+};
+pub use name::{ImageRef, MAX_DEVICE_NAME, MAX_FILE_NAME, MAX_NAME, check_name, parse_mac};
+pub use read::MAX_SPEC_TEXT;
 
 /// A VM, as its operator describes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -43,11 +62,6 @@ pub struct VmSpec {
     #[serde(default, rename = "nic")]
     pub nics: Vec<NicSpec>,
 }
-
-/// A number of bytes; in text a number with an optional suffix K, M, G or T (powers of 1024).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Bytes(pub u64);
 
 /// What to boot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
