@@ -17,12 +17,6 @@ use crate::observations::{RunFailed, VcpuFailed};
 use crate::registers::Registers;
 use crate::vm::Inner;
 
-/// Fast string operations on, as every BIOS leaves them.
-const MSR_IA32_MISC_ENABLE: (u32, u64) = (0x1a0, 1);
-
-/// Memory is write-back where no range says otherwise, and ranges are enabled.
-const MSR_MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 0xc06);
-
 /// The local APIC's registers for its two pins, and what a BIOS programs: the 8259 pair comes in
 /// on LINT0, NMIs on LINT1.
 const APIC_LVT_LINT0: (usize, u32) = (0x350, 0x700);
@@ -96,7 +90,7 @@ impl Vcpu {
             .because_of(|| self.failed("set the CPU features"))
     }
 
-    /// Sets what firmware leaves behind: FPU, local APIC, memory types.
+    /// Sets the FPU and the local APIC to what firmware leaves behind.
     ///
     /// # Errors
     /// [`VcpuFailed`].
@@ -109,10 +103,20 @@ impl Vcpu {
             })
             .os("KVM_SET_FPU", self.name())
             .because_of(|| self.failed("set the FPU"))?;
-        self.set_msrs(&[MSR_IA32_MISC_ENABLE, MSR_MTRR_DEF_TYPE])
-            .because_of(|| self.failed("set the model-specific registers"))?;
         self.connect_apic()
             .because_of(|| self.failed("set the local APIC"))
+    }
+
+    /// Sets model-specific registers: numbers and values.
+    ///
+    /// # Errors
+    /// [`VcpuFailed`], caused by the first register that KVM refuses.
+    pub fn set_msrs(&self, values: impl IntoIterator<Item = (u32, u64)>) -> Result<()> {
+        for (index, data) in values {
+            self.set_msr(index, data)
+                .because_of(|| self.failed("set the model-specific registers"))?;
+        }
+        Ok(())
     }
 
     /// The general registers.
@@ -240,22 +244,18 @@ impl Vcpu {
         seen.because_all(failure.cause)
     }
 
-    fn set_msrs(&self, values: &[(u32, u64)]) -> Result<()> {
-        for (index, data) in values {
-            let msrs = Msrs::from_entries(&[kvm_msr_entry {
-                index: *index,
-                data: *data,
-                ..Default::default()
-            }])
-            .map_err(|_| Observation::from(self.failed("take one register")))?;
-            let set = self
-                .fd
-                .set_msrs(&msrs)
-                .os("KVM_SET_MSRS", format!("register {index:#x}"))?;
-            if set != 1 {
-                return Err(std::io::Error::from_raw_os_error(libc::EINVAL))
-                    .os("KVM_SET_MSRS", format!("register {index:#x}"));
-            }
+    fn set_msr(&self, index: u32, data: u64) -> Result<()> {
+        let object = || format!("register {index:#x}");
+        let msrs = Msrs::from_entries(&[kvm_msr_entry {
+            index,
+            data,
+            ..Default::default()
+        }])
+        .map_err(|_| Observation::from(self.failed("take one register")))?;
+        let set = self.fd.set_msrs(&msrs).os("KVM_SET_MSRS", object())?;
+        if set != 1 {
+            return Err(std::io::Error::from_raw_os_error(libc::EINVAL))
+                .os("KVM_SET_MSRS", object());
         }
         Ok(())
     }
