@@ -13,6 +13,7 @@ pub mod bus;
 pub mod interrupt;
 pub mod lifecycle;
 pub mod observations;
+pub mod pci;
 
 // Entry points (each module documents its own):
 //

@@ -17,8 +17,11 @@
 //! No method has a default: a component that forgets one does not compile.
 
 use std::fmt;
+use std::sync::{Mutex, PoisonError};
 
 use strake_observe::Result;
+
+use crate::observations::WrongPhase;
 
 /// Where a component is in its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,4 +71,82 @@ pub trait Component: Send + Sync {
     /// # Errors
     /// It cannot start again what it needs.
     fn resume(&self) -> Result<()>;
+}
+
+/// The phase of a component, with its transitions checked.
+#[derive(Debug)]
+pub struct PhaseCell(Mutex<Phase>);
+
+impl Default for PhaseCell {
+    fn default() -> Self {
+        Self(Mutex::new(Phase::Prepared))
+    }
+}
+
+impl PhaseCell {
+    /// Where the component is.
+    #[must_use]
+    pub fn get(&self) -> Phase {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does `work` and goes from `from` to `to`, or stays if `work` fails.
+    ///
+    /// # Errors
+    /// [`WrongPhase`] if the component is not in `from`; the failure of `work`.
+    pub fn step(
+        &self,
+        component: &str,
+        asked: &str,
+        (from, to): (Phase, Phase),
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let mut phase = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if *phase != from {
+            return Err(WrongPhase {
+                component: component.to_owned(),
+                phase: phase.to_string(),
+                asked: asked.to_owned(),
+            }
+            .into());
+        }
+        work()?;
+        *phase = to;
+        Ok(())
+    }
+}
+
+/// [`Component`] for a device that has nothing to start or to stop: registers only, nothing in
+/// flight. It says so instead of inheriting it.
+#[macro_export]
+macro_rules! registers_only {
+    ($type:ty) => {
+        impl $crate::lifecycle::Component for $type {
+            fn name(&self) -> &str {
+                &self.name
+            }
+
+            fn phase(&self) -> $crate::lifecycle::Phase {
+                self.phase.get()
+            }
+
+            fn start(&self) -> strake_observe::Result<()> {
+                use $crate::lifecycle::Phase::{Prepared, Running};
+                self.phase
+                    .step(&self.name, "start", (Prepared, Running), || Ok(()))
+            }
+
+            fn quiesce(&self) -> strake_observe::Result<()> {
+                use $crate::lifecycle::Phase::{Quiesced, Running};
+                self.phase
+                    .step(&self.name, "quiesce", (Running, Quiesced), || Ok(()))
+            }
+
+            fn resume(&self) -> strake_observe::Result<()> {
+                use $crate::lifecycle::Phase::{Quiesced, Running};
+                self.phase
+                    .step(&self.name, "resume", (Quiesced, Running), || Ok(()))
+            }
+        }
+    };
 }
