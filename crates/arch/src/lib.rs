@@ -13,7 +13,7 @@
 //!   guest's own disk.
 
 pub mod acpi;
-//pub mod boot;
+pub mod boot;
 pub mod cpuid;
 pub mod layout;
 pub mod msr;
