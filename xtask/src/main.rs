@@ -1,2 +1,101 @@
-//! Under construction.
-fn main() {}
+//! The project's own commands: `cargo xtask lab`, `demo`, `test`, `bench`, `setup`.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use strake_observe::{Result, Style, render};
+
+use xtask::lab::LabCommand;
+use xtask::observations::BadFile;
+use xtask::setup;
+
+/// Strake's own commands.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Runs a command in the lab: a KVM host of its own, whatever this machine can do.
+    Lab(LabArguments),
+    /// Installs the programs that the other commands need (as root, on Debian).
+    Setup,
+}
+
+#[derive(Debug, clap::Args)]
+struct LabArguments {
+    /// Seconds that the command may take once the lab is up.
+    #[arg(long, default_value_t = 600)]
+    timeout: u64,
+    /// Processors of the lab; more than one is known to hang in a few runs of a hundred.
+    #[arg(long, default_value_t = 1)]
+    cpus: u8,
+    /// A file or folder to bring in; programs come with their libraries.
+    #[arg(long = "file", value_name = "HOST:LAB")]
+    files: Vec<String>,
+    /// A raw image to attach as /dev/disks/NAME; what the lab writes to it is dropped.
+    #[arg(long = "disk", value_name = "NAME:IMAGE")]
+    disks: Vec<String>,
+    /// Where what the command leaves in /out goes.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// The command and its arguments. A program named by its path here is brought along.
+    #[arg(required = true, last = true)]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    strake_observe::set_process_name("xtask");
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(seen) => {
+            let style = if std::io::stderr().is_terminal() {
+                Style::Terminal
+            } else {
+                Style::Plain
+            };
+            eprint!("{}", render(&seen, style));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Lab(arguments) => run_in_lab(&arguments),
+        Task::Setup => setup::all().map(|()| ExitCode::SUCCESS),
+    }
+}
+
+fn run_in_lab(arguments: &LabArguments) -> Result<ExitCode> {
+    let mut command = LabCommand::new(&arguments.command);
+    command.timeout = Duration::from_secs(arguments.timeout);
+    command.cpus = arguments.cpus;
+    command.files_out.clone_from(&arguments.out);
+    for given in &arguments.files {
+        let (host, place) = split(given)?;
+        command.files.push((PathBuf::from(host), place.to_owned()));
+    }
+    for given in &arguments.disks {
+        let (name, image) = split(given)?;
+        command.disks.push((name.to_owned(), PathBuf::from(image)));
+    }
+    let status = command.run()?;
+    Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
+}
+
+fn split(given: &str) -> Result<(&str, &str)> {
+    given.split_once(':').ok_or_else(|| {
+        BadFile {
+            given: given.to_owned(),
+            reason: "there is no ':'".to_owned(),
+        }
+        .into()
+    })
+}

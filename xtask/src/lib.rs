@@ -1,0 +1,11 @@
+//! What the project's own commands are made of: the lab, the guests that it boots, the checks.
+
+pub mod cpio;
+pub mod kernel;
+pub mod lab;
+pub mod observations;
+pub mod packages;
+pub mod programs;
+pub mod setup;
+pub mod tool;
+pub mod workspace;
