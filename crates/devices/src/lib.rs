@@ -9,11 +9,16 @@
 //! * **The machine's own thread** drives [`lifecycle::Component`] and changes from outside (link,
 //!   power button, console input).
 
+pub mod acpi_pm;
 pub mod bus;
+pub mod cmos;
+pub mod i8042;
 pub mod interrupt;
 pub mod lifecycle;
 pub mod observations;
 pub mod pci;
+pub mod serial;
+pub mod virtio;
 
 // Entry points (each module documents its own):
 //

@@ -57,7 +57,9 @@ impl Vector {
     }
 
     fn masked(&self) -> bool {
-        self.raw.get(CONTROL).is_none_or(|c| c & CONTROL_MASKED != 0)
+        self.raw
+            .get(CONTROL)
+            .is_none_or(|c| c & CONTROL_MASKED != 0)
     }
 
     /// Brings line and pending bit in accord with what the guest wrote.

@@ -1,0 +1,243 @@
+//! The first serial port: a 16550 whose other end is on the host.
+//!
+//! Output goes byte by byte to a [`ConsoleOutput`], which must not block: it is called by a vCPU.
+//! Input is queued here (64 KiB at most) and moved into the port's FIFO as the guest reads, because
+//! the FIFO of the emulated port holds no more than 64 bytes.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial as Uart, Trigger};
+
+use crate::bus::BusDevice;
+use crate::interrupt::IrqLine;
+use crate::lifecycle::PhaseCell;
+
+/// Input that waits for the guest to read it. What comes on top of it is refused.
+pub const INPUT_LIMIT: usize = 64 * 1024;
+
+/// How many ports it has.
+pub const PORTS: u64 = 8;
+
+/// Where a console's output goes.
+pub trait ConsoleOutput: Send + Sync {
+    /// The guest wrote `bytes`. Must not block: a vCPU or a device's worker calls it.
+    fn write(&self, bytes: &[u8]);
+}
+
+/// A console that takes input.
+pub trait ConsoleInput: Send + Sync {
+    /// Offers `bytes`; says how many of them were taken. The rest may be offered again later.
+    fn offer(&self, bytes: &[u8]) -> usize;
+}
+
+/// A serial port.
+pub struct Serial {
+    name: String,
+    phase: PhaseCell,
+    state: Mutex<State>,
+}
+
+struct State {
+    uart: Uart<Line, NoEvents, Output>,
+    input: VecDeque<u8>,
+}
+
+impl fmt::Debug for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Serial")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Line(Arc<dyn IrqLine>);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.raise();
+        Ok(())
+    }
+}
+
+struct Output(Arc<dyn ConsoleOutput>);
+
+impl io::Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+crate::registers_only!(Serial);
+
+impl Serial {
+    /// A port that interrupts by `irq` and whose output goes to `output`.
+    #[must_use]
+    pub fn new(
+        name: impl Into<String>,
+        irq: Arc<dyn IrqLine>,
+        output: Arc<dyn ConsoleOutput>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.into(),
+            phase: PhaseCell::default(),
+            state: Mutex::new(State {
+                uart: Uart::new(Line(irq), Output(output)),
+                input: VecDeque::new(),
+            }),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Moves input into the FIFO as far as it has room.
+    fn refill(&mut self) {
+        let room = self.uart.fifo_capacity().min(self.input.len());
+        if room == 0 {
+            return;
+        }
+        let bytes: Vec<u8> = self.input.iter().take(room).copied().collect();
+        // In loopback mode the port takes nothing from outside: it stays in the queue.
+        let taken = self.uart.enqueue_raw_bytes(&bytes).unwrap_or(0);
+        self.input.drain(..taken.min(room));
+    }
+}
+
+impl BusDevice for Serial {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        // A wider access than the port's registers reads the first one only, as on an 8-bit bus.
+        if let (Ok(register), Some(byte)) = (u8::try_from(offset), data.first_mut()) {
+            let mut state = self.lock();
+            *byte = state.uart.read(register);
+            state.refill();
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (Ok(register), Some(byte)) = (u8::try_from(offset), data.first()) {
+            let mut state = self.lock();
+            // Neither our trigger nor our output fails; a FIFO that is full in loopback mode
+            // loses the byte, as the hardware's does.
+            let _ = state.uart.write(register, *byte);
+            state.refill();
+        }
+    }
+}
+
+impl ConsoleInput for Serial {
+    fn offer(&self, bytes: &[u8]) -> usize {
+        let mut state = self.lock();
+        let taken = bytes
+            .len()
+            .min(INPUT_LIMIT - state.input.len().min(INPUT_LIMIT));
+        state.input.extend(bytes.iter().take(taken));
+        state.refill();
+        taken
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::lifecycle::{Component, Phase};
+
+    #[derive(Default)]
+    struct Host {
+        irqs: AtomicU32,
+        output: Mutex<Vec<u8>>,
+    }
+
+    impl IrqLine for Host {
+        fn raise(&self) {
+            self.irqs.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    impl ConsoleOutput for Host {
+        fn write(&self, bytes: &[u8]) {
+            self.output.lock().unwrap().extend(bytes);
+        }
+    }
+
+    fn register(serial: &Serial, offset: u64) -> u8 {
+        let mut data = [0];
+        serial.read(offset, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn output_reaches_the_host() {
+        let host = Arc::new(Host::default());
+        let serial = Serial::new("com1", host.clone(), host.clone());
+        for byte in b"hello" {
+            serial.write(0, &[*byte]);
+        }
+        assert_eq!(*host.output.lock().unwrap(), b"hello");
+    }
+
+    #[test]
+    fn input_longer_than_the_fifo_arrives_in_order() {
+        let host = Arc::new(Host::default());
+        let serial = Serial::new("com1", host.clone(), host.clone());
+        serial.write(1, &[1]); // interrupt on received data
+        let sent: Vec<u8> = (0..1000u32).map(|n| n as u8).collect();
+        assert_eq!(serial.offer(&sent), 1000);
+        assert!(host.irqs.load(Ordering::Relaxed) > 0);
+        let mut got = Vec::new();
+        while register(&serial, 5) & 1 != 0 {
+            got.push(register(&serial, 0));
+        }
+        assert_eq!(got, sent);
+    }
+
+    #[test]
+    fn input_is_bounded() {
+        let host = Arc::new(Host::default());
+        let serial = Serial::new("com1", host.clone(), host);
+        let much = vec![0; 2 * INPUT_LIMIT];
+        assert!(serial.offer(&much) >= INPUT_LIMIT);
+        assert!(serial.offer(&much) <= 64);
+    }
+
+    #[test]
+    fn any_access_is_harmless() {
+        let host = Arc::new(Host::default());
+        let serial = Serial::new("com1", host.clone(), host);
+        for offset in [0, 1, 7, 8, 255, 256, u64::MAX] {
+            for len in [0, 1, 2, 4, 8] {
+                let mut data = vec![0; len];
+                serial.read(offset, &mut data);
+                serial.write(offset, &data);
+            }
+        }
+    }
+
+    #[test]
+    fn its_life_is_checked() {
+        let host = Arc::new(Host::default());
+        let serial = Serial::new("com1", host.clone(), host);
+        assert!(serial.quiesce().is_err());
+        serial.start().unwrap();
+        serial.quiesce().unwrap();
+        assert_eq!(serial.phase(), Phase::Quiesced);
+        assert!(serial.start().is_err());
+        serial.resume().unwrap();
+    }
+}

@@ -1,0 +1,203 @@
+//! A split virtqueue as a worker owns it.
+//!
+//! The rings themselves are read and written by `virtio-queue`. What is added here is what a
+//! hostile guest makes necessary: a chain is taken out of the ring as a whole, each descriptor read
+//! exactly once; one that does not end properly (it loops, leaves its table, points to nowhere, or
+//! is longer than [`CHAIN_LIMIT`]) is told apart from one that ends, and is a [`Fault`]. The number
+//! of chains per look is bounded by the ring's size, because an available index that runs ahead of
+//! it is a fault too.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use strake_memory::GuestMemory;
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::guest::{Buffers, Part};
+use super::transport::Interrupter;
+use super::worker::Fault;
+
+/// Most descriptors in a chain. The standard's bound is the size of the queue; indirect tables of
+/// real drivers keep to it too, and no queue here is larger.
+pub const CHAIN_LIMIT: usize = 1024;
+
+/// A request: one chain of descriptors.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// Its name in the rings.
+    pub head: u16,
+    /// What the driver wrote for the device.
+    pub readable: Buffers,
+    /// Where the device may write.
+    pub writable: Buffers,
+}
+
+/// A virtqueue that a driver enabled.
+#[derive(Debug)]
+pub struct VirtQueue {
+    index: u16,
+    rings: Queue,
+    memory: Arc<GuestMemory>,
+    interrupter: Interrupter,
+}
+
+impl VirtQueue {
+    /// The queue `index` over `rings`, which were checked to lie in `memory`.
+    pub(crate) fn new(
+        index: u16,
+        rings: Queue,
+        memory: Arc<GuestMemory>,
+        interrupter: Interrupter,
+    ) -> Self {
+        Self {
+            index,
+            rings,
+            memory,
+            interrupter,
+        }
+    }
+
+    /// Its number.
+    #[must_use]
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// How many chains it can hold.
+    #[must_use]
+    pub fn size(&self) -> u16 {
+        self.rings.size()
+    }
+
+    /// A fault of this queue.
+    #[must_use]
+    pub fn fault(&self, reason: impl Into<String>) -> Fault {
+        Fault::ring(self.index, reason)
+    }
+
+    /// Takes the next chain that the driver made available.
+    ///
+    /// # Errors
+    /// The ring or the chain is broken.
+    pub fn pop(&mut self) -> Result<Option<Chain>, Fault> {
+        let index = self.index;
+        let broken = |reason: String| Fault::ring(index, reason);
+        let mut available = self
+            .rings
+            .iter(&*self.memory)
+            .map_err(|error| broken(error.to_string()))?;
+        let Some(descriptors) = available.next() else {
+            return Ok(None);
+        };
+        let mut chain = Chain {
+            head: descriptors.head_index(),
+            readable: Buffers::default(),
+            writable: Buffers::default(),
+        };
+        let mut count = 0;
+        let mut open = true;
+        for descriptor in descriptors {
+            open = descriptor.has_next();
+            count += 1;
+            if count > CHAIN_LIMIT {
+                break;
+            }
+            let part = Part {
+                gpa: descriptor.addr().0,
+                len: descriptor.len(),
+            };
+            if descriptor.is_write_only() {
+                chain.writable.push(part);
+            } else if chain.writable.is_empty() {
+                chain.readable.push(part);
+            } else {
+                return Err(broken(
+                    "a readable buffer follows a writable one".to_owned(),
+                ));
+            }
+        }
+        if count > CHAIN_LIMIT {
+            return Err(broken("a chain has too many descriptors".to_owned()));
+        }
+        // The iterator ends in silence also where it cannot go on: then the last descriptor that
+        // it gave still announced another, or it gave none.
+        if open {
+            return Err(broken(format!(
+                "the chain from descriptor {} does not end",
+                chain.head
+            )));
+        }
+        Ok(Some(chain))
+    }
+
+    /// Gives back the last `count` chains that were popped and not completed: they are popped
+    /// again, in the same order.
+    pub fn undo(&mut self, count: u16) {
+        let next = self.rings.next_avail().wrapping_sub(count);
+        self.rings.set_next_avail(next);
+    }
+
+    /// Hands a chain back to the driver, with how many bytes the device wrote into it.
+    ///
+    /// # Errors
+    /// The head is none of this queue.
+    pub fn complete(&mut self, head: u16, written: u32) -> Result<(), Fault> {
+        self.rings
+            .add_used(&*self.memory, head, written)
+            .map_err(|error| self.fault(error.to_string()))
+    }
+
+    /// Interrupts the driver if it wants to hear of what was completed since the last call.
+    ///
+    /// # Errors
+    /// The ring is broken.
+    pub fn notify(&mut self) -> Result<(), Fault> {
+        let wanted = self
+            .rings
+            .needs_notification(&*self.memory)
+            .map_err(|error| self.fault(error.to_string()))?;
+        if wanted && !self.suppressed()? {
+            self.interrupter.queue(self.index);
+        }
+        Ok(())
+    }
+
+    /// Without event indices the driver says by a flag that it polls.
+    fn suppressed(&self) -> Result<bool, Fault> {
+        if self.rings.event_idx_enabled() {
+            return Ok(false);
+        }
+        // `needs_notification` made a full fence between the used index and this read.
+        let flags: u16 = self
+            .memory
+            .load(GuestAddress(self.rings.avail_ring()), Ordering::Relaxed)
+            .map_err(|error| self.fault(error.to_string()))?;
+        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0)
+    }
+
+    /// Asks for kicks again. Says whether something became available before: then there may be no
+    /// kick for it.
+    ///
+    /// # Errors
+    /// The ring is broken.
+    pub fn enable_kicks(&mut self) -> Result<bool, Fault> {
+        let more = self
+            .rings
+            .enable_notification(&*self.memory)
+            .map_err(|error| self.fault(error.to_string()));
+        fence(Ordering::SeqCst);
+        more
+    }
+
+    /// Asks for no kicks while the worker looks at the ring anyway.
+    ///
+    /// # Errors
+    /// The ring is broken.
+    pub fn disable_kicks(&mut self) -> Result<(), Fault> {
+        self.rings
+            .disable_notification(&*self.memory)
+            .map_err(|error| self.fault(error.to_string()))
+    }
+}

@@ -1,0 +1,155 @@
+//! From a device to its driver: queue interrupts, configuration changes, the call for a reset.
+//!
+//! Shared by the workers, the vCPUs and whoever changes a device from outside. All of it is
+//! atomics, each of which stands alone: the vectors are set by the driver while its queues are
+//! idle, the ISR is a set of bits, the generation only has to differ when it matters.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+
+use strake_observe::{State, recorder};
+
+use super::super::worker::Fault;
+use crate::pci::Msix;
+
+/// The vector that means none.
+pub(crate) const NO_VECTOR: u16 = 0xffff;
+
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// A device's way to interrupt its driver; clones share it.
+#[derive(Clone)]
+pub(crate) struct Interrupter(Arc<Shared>);
+
+struct Shared {
+    device: String,
+    msix: Arc<Msix>,
+    isr: AtomicU8,
+    generation: AtomicU8,
+    needs_reset: AtomicBool,
+    driver_ready: AtomicBool,
+    config_vector: AtomicU16,
+    queue_vectors: Vec<AtomicU16>,
+}
+
+impl fmt::Debug for Interrupter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Interrupter").field(&self.0.device).finish()
+    }
+}
+
+impl Interrupter {
+    pub(super) fn new(device: &str, msix: Arc<Msix>, queues: u16) -> Self {
+        let none = || AtomicU16::new(NO_VECTOR);
+        Self(Arc::new(Shared {
+            device: device.to_owned(),
+            msix,
+            isr: AtomicU8::new(0),
+            generation: AtomicU8::new(0),
+            needs_reset: AtomicBool::new(false),
+            driver_ready: AtomicBool::new(false),
+            config_vector: none(),
+            queue_vectors: (0..queues).map(|_| none()).collect(),
+        }))
+    }
+
+    /// Chains of the queue were completed.
+    pub(crate) fn queue(&self, index: u16) {
+        self.0.isr.fetch_or(ISR_QUEUE, Ordering::Relaxed);
+        self.0.msix.trigger(self.queue_vector(index));
+    }
+
+    /// The device's configuration changed.
+    pub(crate) fn config_changed(&self) {
+        self.0.generation.fetch_add(1, Ordering::Release);
+        if self.0.driver_ready.load(Ordering::Acquire) {
+            self.0.isr.fetch_or(ISR_CONFIG, Ordering::Relaxed);
+            let vector = self.0.config_vector.load(Ordering::Acquire);
+            self.0.msix.trigger(vector);
+        }
+    }
+
+    /// The device cannot go on before it is reset. Only the first fault is reported: the guest
+    /// decides how often it breaks its rings.
+    pub(crate) fn fault(&self, fault: Fault) {
+        if !self.0.needs_reset.swap(true, Ordering::AcqRel) {
+            recorder().record(fault.observed(&self.0.device), State::Open);
+            self.config_changed();
+        }
+    }
+
+    pub(super) fn needs_reset(&self) -> bool {
+        self.0.needs_reset.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_driver_ready(&self) {
+        self.0.driver_ready.store(true, Ordering::Release);
+    }
+
+    pub(super) fn generation(&self) -> u8 {
+        self.0.generation.load(Ordering::Acquire)
+    }
+
+    pub(super) fn take_isr(&self) -> u8 {
+        self.0.isr.swap(0, Ordering::AcqRel)
+    }
+
+    pub(super) fn config_vector(&self) -> u16 {
+        self.0.config_vector.load(Ordering::Acquire)
+    }
+
+    pub(super) fn queue_vector(&self, index: u16) -> u16 {
+        self.0
+            .queue_vectors
+            .get(usize::from(index))
+            .map_or(NO_VECTOR, |vector| vector.load(Ordering::Acquire))
+    }
+
+    pub(super) fn set_config_vector(&self, vector: u16) {
+        let vector = self.existing(vector);
+        self.0.config_vector.store(vector, Ordering::Release);
+    }
+
+    pub(super) fn set_queue_vector(&self, index: u16, vector: u16) {
+        if let Some(slot) = self.0.queue_vectors.get(usize::from(index)) {
+            slot.store(self.existing(vector), Ordering::Release);
+        }
+    }
+
+    /// A vector that does not exist is none, which the driver sees when it reads it back.
+    fn existing(&self, vector: u16) -> u16 {
+        if vector < self.0.msix.vectors() {
+            vector
+        } else {
+            NO_VECTOR
+        }
+    }
+
+    /// The device is as new. The generation goes on, so that nobody takes old for new.
+    pub(super) fn reset(&self) {
+        self.0.driver_ready.store(false, Ordering::Release);
+        self.0.needs_reset.store(false, Ordering::Release);
+        self.0.isr.store(0, Ordering::Release);
+        self.0.config_vector.store(NO_VECTOR, Ordering::Release);
+        for vector in &self.0.queue_vectors {
+            vector.store(NO_VECTOR, Ordering::Release);
+        }
+    }
+}
+
+/// A device's way to say that its configuration changed from outside.
+#[derive(Debug, Clone)]
+pub struct ConfigSignal(Interrupter);
+
+impl ConfigSignal {
+    pub(super) fn new(interrupter: Interrupter) -> Self {
+        Self(interrupter)
+    }
+
+    /// The configuration changed: the generation grows and a ready driver is interrupted.
+    pub fn changed(&self) {
+        self.0.config_changed();
+    }
+}
