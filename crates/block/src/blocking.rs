@@ -80,16 +80,17 @@ impl Blocking {
         });
         let mut ended = None;
         loop {
+            // What was submitted, and what the last reap left to be gone on with.
             if let Err(seen) = queue.push() {
                 self.queue = None;
                 return Err(seen);
             }
+            let _ = self.event.wait(LOOK_AGAIN);
             self.event.clear();
             queue.reap(&mut |completion| ended = Some(completion.result));
             if let Some(result) = ended {
                 return result;
             }
-            let _ = self.event.wait(LOOK_AGAIN);
         }
     }
 }

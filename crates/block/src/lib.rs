@@ -19,6 +19,7 @@
 mod bitmap;
 mod blocking;
 mod event;
+mod fault;
 mod image;
 mod live;
 mod migration;
@@ -31,6 +32,7 @@ mod uring;
 pub use bitmap::{BLOCK_BYTES, DirtyBitmap};
 pub use blocking::Blocking;
 pub use event::Event;
+pub use fault::{Fault, FaultImage, FaultOn};
 pub use image::{Access, Completion, Image, ImageQueue, SECTOR_BYTES};
 pub use live::{DiskQueue, LiveDisk, Observer};
 pub use migration::{Migration, SwitchHooks, journal};

@@ -1,74 +1,250 @@
 //! Raw images: a regular file or a block device.
+//!
+//! * `probe`: what the descriptor is and which alignment its accesses need;
+//! * `queue`: requests as steps for the ring;
+//! * `locks`: changes smaller than a device's block;
+//! * `aligned`: bounce memory.
+
+mod aligned;
+mod discard;
+mod failures;
+mod locks;
+mod probe;
+mod queue;
+
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
-use strake_observe::Result;
+use rustix::fs::SeekFrom;
+use strake_observe::{OsContext, Result};
 
-use crate::{Access, Event, Image, ImageQueue};
+pub(crate) use aligned::Aligned;
+use aligned::PAGE;
+pub(crate) use failures::failed;
+
+use self::locks::RangeLocks;
+use self::probe::{Alignment, Backing};
+use self::queue::RawQueue;
+use crate::{Access, BadRequest, Event, Image, ImageQueue, NotAnImage, Operation};
+
+/// How much [`RawImage::read_at`] reads at once.
+const SYNC_PIECE: u64 = 256 * 1024;
+
+/// The zeroes that are written where a file system cannot zero a range.
+const ZERO_BYTES: u64 = 256 * 1024;
 
 /// A raw image: byte N of the disk is byte N of the file.
 #[derive(Debug)]
 pub struct RawImage {
+    file: Arc<RawFile>,
+}
+
+/// What the queues of an image share.
+#[derive(Debug)]
+struct RawFile {
+    fd: Arc<OwnedFd>,
     path: String,
     size: u64,
     access: Access,
-    fd: Arc<OwnedFd>,
+    backing: Backing,
+    alignment: Alignment,
+    locks: RangeLocks,
+    /// What the file system turned out not to do; it is not asked again.
+    no_punch: AtomicBool,
+    no_zero_range: AtomicBool,
 }
 
 impl RawImage {
     /// The image behind an open descriptor; `path` is for observations only. O_DIRECT is used if
-    /// the descriptor has it.
+    /// the descriptor has it, else the page cache.
+    ///
+    /// A file whose length is not a multiple of the device's block may grow to one when its last
+    /// sectors are written.
     ///
     /// # Errors
     /// When it is neither a regular file nor a block device, or too small.
     pub fn from_fd(fd: OwnedFd, path: impl Into<String>, access: Access) -> Result<Self> {
-        let size =
-            rustix::fs::fstat(&fd).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
+        let path = path.into();
+        let (backing, size) = probe::identify(&fd, &path)?;
+        let alignment = probe::alignment(&fd, backing, &path)?;
+        if alignment.memory > PAGE as u64 || alignment.offset > queue::BOUNCE_BYTES / 2 {
+            let what = format!(
+                "on a device that wants accesses aligned to {} bytes of memory and {} of the disk",
+                alignment.memory, alignment.offset
+            );
+            return Err(NotAnImage { path, what }.into());
+        }
         Ok(Self {
-            path: path.into(),
-            size,
-            access,
-            fd: Arc::new(fd),
+            file: Arc::new(RawFile {
+                fd: Arc::new(fd),
+                path,
+                size,
+                access,
+                backing,
+                alignment,
+                locks: RangeLocks::default(),
+                no_punch: AtomicBool::new(false),
+                no_zero_range: AtomicBool::new(false),
+            }),
         })
+    }
+
+    /// The same image with a stricter alignment, for tests of devices that are not at hand.
+    #[cfg(test)]
+    pub(crate) fn with_alignment(mut self, memory: u64, offset: u64) -> Self {
+        if let Some(file) = Arc::get_mut(&mut self.file) {
+            file.alignment = Alignment { memory, offset };
+        }
+        self
+    }
+}
+
+impl RawFile {
+    fn contains(&self, offset: u64, len: u64) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.size)
+    }
+
+    fn bad_request(&self, op: Operation, offset: u64, length: u64) -> BadRequest {
+        BadRequest {
+            path: self.path.clone(),
+            operation: op.name().to_owned(),
+            offset,
+            length,
+            size: self.size,
+        }
+    }
+
+    /// Reads `data` from `offset` through aligned memory.
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<()> {
+        let len = data.len() as u64;
+        if !self.contains(offset, len) {
+            return Err(self.bad_request(Operation::Read, offset, len).into());
+        }
+        let align = self.alignment.offset;
+        let mut memory = Aligned::new(usize::try_from(SYNC_PIECE).unwrap_or(0));
+        let mut done = 0usize;
+        while done < data.len() {
+            let at = offset + done as u64;
+            let start = at - at % align;
+            let skip = usize::try_from(at - start).unwrap_or(0);
+            let want = (offset + len).next_multiple_of(align) - start;
+            let want = usize::try_from(want.min(SYNC_PIECE)).unwrap_or(0);
+            let Some(room) = memory.bytes_mut().get_mut(..want) else {
+                break;
+            };
+            let got = match rustix::io::pread(&self.fd, room, start) {
+                Ok(got) => got,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(error) => {
+                    let errno = error.raw_os_error();
+                    return Err(failed(Operation::Read, &self.path, offset, len, errno));
+                }
+            };
+            let (Some(from), Some(to)) = (memory.bytes().get(skip..got), data.get_mut(done..))
+            else {
+                // The file ended before the image's size: somebody truncated it.
+                return Err(failed(Operation::Read, &self.path, offset, len, libc::EIO));
+            };
+            let count = from.len().min(to.len());
+            if count == 0 {
+                return Err(failed(Operation::Read, &self.path, offset, len, libc::EIO));
+            }
+            for (to, from) in to.iter_mut().zip(from) {
+                *to = *from;
+            }
+            done += count;
+        }
+        Ok(())
+    }
+
+    fn allocated(&self, from: u64) -> Result<Option<Range<u64>>> {
+        if from >= self.size {
+            return Ok(None);
+        }
+        if self.backing == Backing::BlockDevice {
+            return Ok(Some(from..self.size));
+        }
+        let start = match rustix::fs::seek(&self.fd, SeekFrom::Data(from)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            // A file system that does not tell.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => from,
+            Err(error) => return Err(error).os("lseek(SEEK_DATA)", &self.path),
+        };
+        if start >= self.size {
+            return Ok(None);
+        }
+        let end = match rustix::fs::seek(&self.fd, SeekFrom::Hole(start)) {
+            Ok(end) => end.min(self.size),
+            Err(_) => self.size,
+        };
+        // A file that changes between the two calls can give an empty range: take it as one block.
+        let end = end.max(start.saturating_add(crate::BLOCK_BYTES).min(self.size));
+        Ok(Some(start.max(from)..end))
     }
 }
 
 impl Image for RawImage {
     fn path(&self) -> &str {
-        &self.path
+        &self.file.path
     }
 
     fn size(&self) -> u64 {
-        self.size
+        self.file.size
     }
 
     fn access(&self) -> Access {
-        self.access
+        self.file.access
     }
 
-    fn open_queue(&self, _depth: u32, _event: &Arc<Event>) -> Result<Box<dyn ImageQueue>> {
-        let _ = &self.fd;
-        Err(crate::NoUring {
-            reason: "not built yet".into(),
-        }
-        .into())
+    fn open_queue(&self, depth: u32, event: &Arc<Event>) -> Result<Box<dyn ImageQueue>> {
+        Ok(Box::new(RawQueue::new(&self.file, depth, event)?))
     }
 
-    fn read_at(&self, _offset: u64, _data: &mut [u8]) -> Result<()> {
-        Ok(())
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.file.read_at(offset, data)
     }
 
     fn flush(&self) -> Result<()> {
-        Ok(())
+        rustix::fs::fdatasync(&self.file.fd).map_err(|error| {
+            failed(
+                Operation::Flush,
+                &self.file.path,
+                0,
+                0,
+                error.raw_os_error(),
+            )
+        })
     }
 
     fn allocated(&self, from: u64) -> Result<Option<Range<u64>>> {
-        Ok((from < self.size).then_some(from..self.size))
+        self.file.allocated(from)
     }
 
     fn is_removed(&self) -> Result<bool> {
-        Ok(false)
+        if self.file.backing == Backing::BlockDevice {
+            return Ok(false);
+        }
+        let stat = rustix::fs::fstat(&self.file.fd).os("fstat", &self.file.path)?;
+        Ok(stat.st_nlink == 0)
+    }
+}
+
+impl RawFile {
+    /// Zeroes to write from.
+    fn zeroes() -> Arc<Aligned> {
+        static ZEROES: OnceLock<Arc<Aligned>> = OnceLock::new();
+        Arc::clone(
+            ZEROES.get_or_init(|| Arc::new(Aligned::new(usize::try_from(ZERO_BYTES).unwrap_or(0)))),
+        )
+    }
+
+    fn lacks(flag: &AtomicBool) -> bool {
+        flag.load(Ordering::Relaxed)
     }
 }
