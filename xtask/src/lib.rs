@@ -1,6 +1,8 @@
 //! What the project's own commands are made of: the lab, the guests that it boots, the checks.
 
+pub mod build;
 pub mod cpio;
+pub mod guest;
 pub mod kernel;
 pub mod lab;
 pub mod observations;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use strake_observe::{Result, Style, render};
 
+use xtask::guest;
 use xtask::lab::LabCommand;
 use xtask::observations::BadFile;
 use xtask::setup;
@@ -24,6 +25,8 @@ struct Arguments {
 enum Task {
     /// Runs a command in the lab: a KVM host of its own, whatever this machine can do.
     Lab(LabArguments),
+    /// Makes the guests that tests and demo boot, and says where they are.
+    Guests,
     /// Installs the programs that the other commands need (as root, on Debian).
     Setup,
 }
@@ -69,6 +72,16 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Lab(arguments) => run_in_lab(&arguments),
+        Task::Guests => {
+            println!("debian: {}", guest::debian::image()?.display());
+            let small = guest::small()?;
+            println!(
+                "small:  {} with {}",
+                small.kernel.display(),
+                small.initrd.display()
+            );
+            Ok(ExitCode::SUCCESS)
+        }
         Task::Setup => setup::all().map(|()| ExitCode::SUCCESS),
     }
 }

@@ -14,6 +14,7 @@ const TOOLS: &[(&str, &str)] = &[
     ("qemu-img", "qemu-utils"),
     ("mke2fs", "e2fsprogs"),
     ("debootstrap", "debootstrap"),
+    ("sfdisk", "fdisk"),
     ("dmsetup", "dmsetup"),
     ("strip", "binutils"),
     ("xz", "xz-utils"),
