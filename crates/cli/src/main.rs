@@ -1,2 +1,5 @@
-//! Under construction.
-fn main() {}
+//! `strake`: see the library.
+
+fn main() -> std::process::ExitCode {
+    strake_cli::main()
+}

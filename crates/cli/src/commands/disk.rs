@@ -1,0 +1,135 @@
+//! `strake disk`
+
+use std::time::Duration;
+
+use clap::{Subcommand, ValueEnum};
+use strake_api::job::{MigrationLimits, Suspend};
+use strake_api::rest::MigrateDisk;
+use strake_api::spec::Bytes;
+use strake_observe::Result;
+
+use crate::context::Context;
+use crate::exit::Exit;
+use crate::job;
+
+/// Work on the disks of VMs
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  strake disk migrate web1 root --to fast")]
+pub struct Args {
+    /// What to do
+    #[command(subcommand)]
+    pub command: Disk,
+}
+
+/// What can be done with disks.
+#[derive(Debug, Subcommand)]
+pub enum Disk {
+    /// Move a disk to another datastore while the VM runs
+    #[command(after_help = "\
+Examples:
+  strake disk migrate web1 root --to fast
+  strake disk migrate web1 root --to fast --pause-ms 50 --rate 200M
+  strake disk migrate web1 root --to fast --detach --json | jq -r .status.job
+
+Ctrl-C leaves the client, not the job: `strake jobs wait ID` watches it again,
+`strake jobs cancel ID` ends it.")]
+    Migrate(Migrate),
+}
+
+/// The arguments of `strake disk migrate`.
+#[derive(Debug, clap::Args)]
+pub struct Migrate {
+    /// The VM
+    pub vm: String,
+
+    /// The disk's name in the VM's spec
+    pub disk: String,
+
+    /// The destination datastore
+    #[arg(long, value_name = "DATASTORE")]
+    pub to: String,
+
+    /// The longest pause that the guest may see at the switch-over
+    #[arg(long, value_name = "MS", default_value_t = MigrationLimits::default().pause_ms)]
+    pub pause_ms: u64,
+
+    /// Copy at most so many bytes per second, for example 100M [default: unlimited]
+    #[arg(long, value_name = "BYTES", value_parser = rate)]
+    pub rate: Option<Bytes>,
+
+    /// What stops for the switch-over
+    #[arg(long, value_enum, default_value_t = Stops::Disk)]
+    pub suspend: Stops,
+
+    /// Delete the source image once the VM runs on the destination
+    #[arg(long)]
+    pub remove_source: bool,
+
+    /// Print the job's name and leave it alone
+    #[arg(long, conflicts_with = "wait")]
+    pub detach: bool,
+
+    /// Wait for the end; this is the default
+    #[arg(long)]
+    pub wait: bool,
+
+    /// How long to wait for the daemon if it goes away meanwhile
+    #[arg(long, value_name = "SECONDS", default_value_t = super::jobs::PATIENCE_S)]
+    pub patience: u64,
+}
+
+/// What stops for the switch-over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Stops {
+    /// Only the disk: its requests wait
+    Disk,
+    /// The whole VM
+    Vm,
+}
+
+pub(super) async fn run(args: Args, context: &Context) -> Result<Exit> {
+    match args.command {
+        Disk::Migrate(args) => migrate(args, context).await,
+    }
+}
+
+async fn migrate(args: Migrate, context: &Context) -> Result<Exit> {
+    let request = MigrateDisk {
+        to: args.to,
+        limits: MigrationLimits {
+            pause_ms: args.pause_ms,
+            bytes_per_second: args.rate.map(|rate| rate.0),
+            suspend: match args.suspend {
+                Stops::Disk => Suspend::Disk,
+                Stops::Vm => Suspend::Vm,
+            },
+            ..MigrationLimits::default()
+        },
+        remove_source: args.remove_source,
+    };
+    let job = context
+        .client
+        .migrate(&args.vm, &args.disk, &request)
+        .await?;
+    if args.detach {
+        context.output.answer(&job, |job| {
+            let id = &job.status.job;
+            format!("{id}\n")
+        })?;
+        return Ok(Exit::Done);
+    }
+    let patience = Duration::from_secs(args.patience);
+    let job = job::watch(context, &job.status.job, patience).await?;
+    super::jobs::ended(context, &job)?;
+    Ok(Exit::Done)
+}
+
+fn rate(text: &str) -> std::result::Result<Bytes, String> {
+    let rate: Bytes = text.trim_end_matches("/s").parse()?;
+    if rate.0 == 0 {
+        return Err("a rate of 0 would never end: leave --rate out for no limit".to_owned());
+    }
+    Ok(rate)
+}

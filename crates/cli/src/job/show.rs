@@ -1,0 +1,190 @@
+//! A job as text.
+
+use strake_api::job::{PassReport, Phase};
+use strake_api::rest::Job;
+
+use crate::output::{Align, Table, printable};
+use crate::units::{bytes, millis};
+
+/// What is left to copy in a pass.
+fn remainder(pass: &PassReport) -> u64 {
+    pass.planned_bytes.saturating_sub(pass.read_bytes)
+}
+
+/// How far the running pass is, in `steps`.
+pub(super) fn fraction(job: &Job, steps: u64) -> u64 {
+    if job.status.phase == Phase::Completed {
+        return steps;
+    }
+    match job.status.passes.last() {
+        None => 0,
+        Some(pass) if pass.planned_bytes == 0 => steps,
+        Some(pass) => {
+            let part =
+                u128::from(pass.read_bytes) * u128::from(steps) / u128::from(pass.planned_bytes);
+            u64::try_from(part).unwrap_or(steps).min(steps)
+        }
+    }
+}
+
+/// The job's progress in one line.
+pub(crate) fn line(job: &Job) -> String {
+    let status = &job.status;
+    let phase = match status.phase {
+        Phase::Preparing => "preparing".to_owned(),
+        Phase::Copying => match status.passes.last() {
+            Some(pass) => format!("pass {}", pass.number),
+            None => "copying".to_owned(),
+        },
+        Phase::Suspended => "paused, copying the rest".to_owned(),
+        Phase::AwaitingCommit => "paused, committing".to_owned(),
+        Phase::Completed => "completed".to_owned(),
+        Phase::Failed => "failed".to_owned(),
+        Phase::Cancelled => "cancelled".to_owned(),
+    };
+    let mut parts = vec![phase];
+    if let Some(pass) = status.passes.last() {
+        let (read, planned) = (bytes(pass.read_bytes), bytes(pass.planned_bytes));
+        parts.push(format!("{read} of {planned}"));
+        if !status.phase.is_final() {
+            parts.push(format!("{}/s", bytes(status.throughput)));
+            parts.push(format!("{} to go", bytes(remainder(pass))));
+        }
+    }
+    if let Some(pause) = status.pause_ms {
+        parts.push(format!("pause {pause:.1} ms"));
+    } else if let (Some(pause), false) = (status.expected_pause_ms, status.phase.is_final()) {
+        parts.push(format!("pause would be {pause:.0} ms"));
+    }
+    parts.join(", ")
+}
+
+/// The passes as a table.
+pub(crate) fn passes(job: &Job) -> String {
+    let mut table = Table::new(&[
+        ("PASS", Align::Right),
+        ("PLANNED", Align::Right),
+        ("READ", Align::Right),
+        ("WRITTEN", Align::Right),
+        ("TIME", Align::Right),
+        ("DIRTY AFTER", Align::Right),
+    ]);
+    let last = job.status.passes.len();
+    for (index, pass) in job.status.passes.iter().enumerate() {
+        // The copy inside the pause is the last pass; after it the guest could dirty nothing.
+        let in_pause = index + 1 == last && job.status.pause_ms.is_some();
+        let dirty = if in_pause {
+            "in the pause".to_owned()
+        } else {
+            bytes(pass.dirty_after_bytes)
+        };
+        table.row([
+            pass.number.to_string(),
+            bytes(pass.planned_bytes),
+            bytes(pass.read_bytes),
+            bytes(pass.written_bytes),
+            millis(pass.elapsed_ms),
+            dirty,
+        ]);
+    }
+    table.render()
+}
+
+/// How a finished job went, in one line.
+pub(crate) fn summary(job: &Job) -> String {
+    let status = &job.status;
+    let pause = status
+        .pause_ms
+        .map_or_else(|| "unknown".to_owned(), |pause| format!("{pause:.1} ms"));
+    printable(&format!(
+        "disk {} of {} is on {}: {}; pause {pause}, {} in all",
+        status.disk,
+        job.vm,
+        job.to,
+        job.destination,
+        millis(status.elapsed_ms)
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use strake_api::job::{JobId, MigrationStatus};
+
+    use super::*;
+
+    fn job(phase: Phase, passes: Vec<PassReport>) -> Job {
+        Job {
+            vm: "web1".into(),
+            source: "/slow/root.raw".into(),
+            destination: "/fast/root.raw".into(),
+            to: "fast".into(),
+            status: MigrationStatus {
+                job: JobId("j1".into()),
+                disk: "root".into(),
+                phase,
+                size_bytes: 1 << 30,
+                passes,
+                throughput: 100 << 20,
+                expected_pause_ms: Some(41.7),
+                pause_ms: None,
+                elapsed_ms: 1500,
+                failure: None,
+            },
+        }
+    }
+
+    fn pass(number: u32, planned: u64, read: u64) -> PassReport {
+        PassReport {
+            number,
+            planned_bytes: planned,
+            read_bytes: read,
+            written_bytes: read,
+            elapsed_ms: 700,
+            dirty_after_bytes: 5 << 20,
+        }
+    }
+
+    #[test]
+    fn a_line_names_pass_bytes_speed_remainder_and_pause() {
+        let job = job(Phase::Copying, vec![pass(2, 40 << 20, 10 << 20)]);
+        assert_eq!(
+            line(&job),
+            "pass 2, 10.0 MiB of 40.0 MiB, 100 MiB/s, 30.0 MiB to go, pause would be 42 ms"
+        );
+        assert_eq!(fraction(&job, 1000), 250);
+    }
+
+    #[test]
+    fn nothing_is_divided_by_zero() {
+        assert_eq!(fraction(&job(Phase::Preparing, vec![]), 1000), 0);
+        assert_eq!(
+            fraction(&job(Phase::Copying, vec![pass(1, 0, 0)]), 1000),
+            1000
+        );
+        assert_eq!(
+            fraction(&job(Phase::Copying, vec![pass(1, 1, u64::MAX)]), 9),
+            9
+        );
+    }
+
+    #[test]
+    fn the_table_marks_the_pass_in_the_pause() {
+        let mut job = job(
+            Phase::Completed,
+            vec![pass(1, 1 << 30, 1 << 30), pass(2, 5 << 20, 5 << 20)],
+        );
+        job.status.pause_ms = Some(38.25);
+        assert_eq!(
+            passes(&job),
+            "\
+PASS   PLANNED      READ   WRITTEN    TIME   DIRTY AFTER
+   1  1.00 GiB  1.00 GiB  1.00 GiB  700 ms      5.00 MiB
+   2  5.00 MiB  5.00 MiB  5.00 MiB  700 ms  in the pause
+"
+        );
+        assert_eq!(
+            summary(&job),
+            "disk root of web1 is on fast: /fast/root.raw; pause 38.2 ms, 1.50 s in all"
+        );
+    }
+}
