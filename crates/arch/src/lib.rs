@@ -1,7 +1,8 @@
 //! What a guest sees of the platform: x86-64 CPUID, ACPI, memory layout and boot protocols.
 //!
 //! Everything here is a function from values to values, or from values to guest memory: no KVM
-//! call, no thread, no file that was not handed in as a reader. That is what lets tables and
+//! call, no file that was not handed in as a reader, and no thread but the one that bounds the
+//! search of a hostile disk ([`boot::disk::find`]). That is what lets tables and
 //! layouts be tested byte by byte without a virtual machine.
 //!
 //! * [`layout`] says where RAM, devices, ports and windows are. Every other crate takes the

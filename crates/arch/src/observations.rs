@@ -107,8 +107,16 @@ strake_observe::catalog! {
         /// What was looked at, one phrase per partition.
         looked_at: String,
     }
-    text "no bootable Linux system was found on the disk ({looked_at})";
+    text "no bootable Linux system was found on the disk: {looked_at}";
     remedy "use a disk with a kernel on ext4 (a boot entry, /vmlinuz, or /boot/vmlinuz-*), or give kernel and initrd files with boot.from = \"kernel\"";
+
+    /// The search of a disk image for a kernel did not end.
+    DiskSearchEnded("arch.disk-search-ended") {
+        /// How: it took too long, or it failed inside.
+        how: String,
+    }
+    text "the search of the disk for a kernel was given up: {how}";
+    remedy "check the disk's file systems (e2fsck), or give kernel and initrd files with boot.from = \"kernel\"";
 
     /// A partition of the disk could not be used.
     PartitionUnusable("arch.partition-unusable") {
@@ -120,6 +128,16 @@ strake_observe::catalog! {
     text "{partition} has no usable file system: {reason}";
     remedy "if the kernel is on it, put /boot on ext2, ext3 or ext4";
 
+    /// A file system was not unmounted, and its journal is of a kind that is not replayed here.
+    JournalSkipped("arch.journal-skipped") {
+        /// Which partition.
+        partition: String,
+        /// Why not.
+        reason: String,
+    }
+    text "the journal of {partition} is not replayed, its last changes are not seen: {reason}";
+    remedy "if a kernel that was just installed is not found, let the guest shut down cleanly once, or run e2fsck on the image";
+
     /// A boot entry names something that is not there, or too large.
     BootEntryUnusable("arch.boot-entry-unusable") {
         /// The entry: its file and title.
@@ -129,4 +147,16 @@ strake_observe::catalog! {
     }
     text "boot entry {entry} cannot be used: {reason}";
     remedy "repair the guest's boot loader configuration, or give kernel and initrd files with boot.from = \"kernel\"";
+
+    /// A file of the disk's file system could not be read.
+    DiskFileUnusable("arch.disk-file-unusable") {
+        /// Its path within the file system.
+        path: String,
+        /// Where the file system is.
+        partition: String,
+        /// Why not.
+        reason: String,
+    }
+    text "{path} on {partition} cannot be read: {reason}";
+    remedy "check the file system (e2fsck) and the guest's boot loader configuration";
 }

@@ -8,7 +8,7 @@
 //! * an **ELF** file with a PVH note is entered in 32-bit protected mode without paging, with the
 //!   start information in EBX.
 //!
-//! The kernel file may have come out of a hostile guest's own disk. Nothing in it
+//! The kernel file may have come out of a hostile guest's own disk (see [`disk`]). Nothing in it
 //! is believed before it was checked against the file's length and the guest's RAM; what remains
 //! wrong can hurt the guest alone.
 //!
@@ -19,6 +19,7 @@
 //! initial RAM disk as high as possible below 3 GiB.
 
 mod bzimage;
+pub mod disk;
 mod kind;
 mod place;
 mod pvh;
