@@ -113,7 +113,7 @@ fn host_seconds() -> u64 {
 #[allow(clippy::cast_possible_truncation)] // of a value below 100
 fn bcd(value: u64) -> u8 {
     let value = value % 100;
-    ((value / 10) << 4 | value % 10) as u8
+    (((value / 10) << 4) | (value % 10)) as u8
 }
 
 struct Time {

@@ -19,11 +19,11 @@
 //! (`NEEDS_RESET`); it never panics and never touches memory outside of guest RAM.
 
 pub mod blk;
-//XX pub mod console;
+pub mod console;
 mod guest;
-//XX pub mod net;
+pub mod net;
 mod queue;
-//XX pub mod rng;
+pub mod rng;
 mod transport;
 mod worker;
 

@@ -13,7 +13,7 @@ use std::sync::atomic::{Ordering, fence};
 use strake_memory::GuestMemory;
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::guest::{Buffers, Part};
 use super::transport::Interrupter;
@@ -22,6 +22,11 @@ use super::worker::Fault;
 /// Most descriptors in a chain. The standard's bound is the size of the queue; indirect tables of
 /// real drivers keep to it too, and no queue here is larger.
 pub const CHAIN_LIMIT: usize = 1024;
+
+const AVAIL_HEADER: u64 = 4;
+const AVAIL_ENTRY: u64 = 2;
+const USED_HEADER: u64 = 4;
+const USED_ENTRY: u64 = 8;
 
 /// A request: one chain of descriptors.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +46,8 @@ pub struct VirtQueue {
     rings: Queue,
     memory: Arc<GuestMemory>,
     interrupter: Interrupter,
+    /// The used index at the last call of `notify`.
+    announced: u16,
 }
 
 impl VirtQueue {
@@ -53,6 +60,7 @@ impl VirtQueue {
     ) -> Self {
         Self {
             index,
+            announced: rings.next_used(),
             rings,
             memory,
             interrupter,
@@ -149,32 +157,68 @@ impl VirtQueue {
             .map_err(|error| self.fault(error.to_string()))
     }
 
+    /// Hands several chains back so that the driver sees all of them or none: a packet in several
+    /// buffers must not be seen in part.
+    ///
+    /// # Errors
+    /// A head is none of this queue.
+    pub fn complete_together(&mut self, chains: &[(u16, u32)]) -> Result<(), Fault> {
+        let Some(((last, written), before)) = chains.split_last() else {
+            return Ok(());
+        };
+        let mut position = self.rings.next_used();
+        for (head, written) in before {
+            if *head >= self.size() {
+                return Err(self.fault("a chain has an impossible head"));
+            }
+            let entry = USED_HEADER + u64::from(position % self.size()) * USED_ENTRY;
+            let element = [u32::from(*head).to_le(), written.to_le()];
+            let at = GuestAddress(self.rings.used_ring()).unchecked_add(entry);
+            self.memory
+                .write_obj(element, at)
+                .map_err(|error| self.fault(error.to_string()))?;
+            position = position.wrapping_add(1);
+        }
+        self.rings.set_next_used(position);
+        // The last one publishes the index, with release ordering, for all.
+        self.complete(*last, *written)
+    }
+
     /// Interrupts the driver if it wants to hear of what was completed since the last call.
     ///
     /// # Errors
     /// The ring is broken.
     pub fn notify(&mut self) -> Result<(), Fault> {
-        let wanted = self
-            .rings
-            .needs_notification(&*self.memory)
-            .map_err(|error| self.fault(error.to_string()))?;
-        if wanted && !self.suppressed()? {
+        let used = self.rings.next_used();
+        let before = std::mem::replace(&mut self.announced, used);
+        if used == before {
+            return Ok(());
+        }
+        // The driver publishes its wish and then looks at the used index; we published the used
+        // index and now look at its wish. Both need the full fence in between.
+        fence(Ordering::SeqCst);
+        let wanted = if self.rings.event_idx_enabled() {
+            let offset = AVAIL_HEADER + u64::from(self.size()) * AVAIL_ENTRY;
+            let event = self.load_avail(offset)?;
+            // Whether the event lies among what was completed since, in the ring's arithmetic.
+            used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(before)
+        } else {
+            u32::from(self.load_avail(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0
+        };
+        if wanted {
             self.interrupter.queue(self.index);
         }
         Ok(())
     }
 
-    /// Without event indices the driver says by a flag that it polls.
-    fn suppressed(&self) -> Result<bool, Fault> {
-        if self.rings.event_idx_enabled() {
-            return Ok(false);
-        }
-        // `needs_notification` made a full fence between the used index and this read.
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.rings.avail_ring()), Ordering::Relaxed)
-            .map_err(|error| self.fault(error.to_string()))?;
-        Ok(u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0)
+    /// A number in the available ring's header or behind its entries. The ring was checked to lie
+    /// in guest RAM as a whole.
+    fn load_avail(&self, offset: u64) -> Result<u16, Fault> {
+        let at = GuestAddress(self.rings.avail_ring()).unchecked_add(offset);
+        self.memory
+            .load(at, Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(|error| self.fault(error.to_string()))
     }
 
     /// Asks for kicks again. Says whether something became available before: then there may be no

@@ -1,0 +1,506 @@
+//! The host's end of a console: a log file, and any number of terminals that come and go.
+//!
+//! ```text
+//!  guest ─▶ write() ─▶ backlog (1 MiB) ─▶ hub thread ─▶ log file
+//!                                                    ─▶ each attached stream
+//!  guest ◀─ ConsoleInput::offer ◀──────── hub thread ◀─ each attached stream
+//! ```
+//!
+//! The guest's side only appends to the backlog under a mutex that the thread holds for an
+//! exchange, never over I/O: a full disk or a terminal that does not read cannot stop a vCPU. What
+//! does not fit is lost and counted, the oldest first. The log is bounded too, because its content
+//! is the guest's: at [`LOG_LIMIT`] it starts anew.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use strake_observe::{Because, OsContext, Result, State as Seen, recorder};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::observations::{ConsoleOutputLost, DeviceUnusable};
+use crate::serial::{ConsoleInput, ConsoleOutput};
+
+/// Output that waits for the hub's thread.
+pub const BACKLOG_LIMIT: usize = 1 << 20;
+
+/// The size at which the log starts anew.
+pub const LOG_LIMIT: u64 = 64 << 20;
+
+/// Streams attached at a time; further ones are refused.
+pub const STREAM_LIMIT: usize = 16;
+
+const WAKE: u64 = u64::MAX;
+const CHUNK: usize = 4096;
+/// How soon input is offered again that the guest had no room for.
+const RETRY_MS: i32 = 20;
+
+/// The host's end of a console.
+pub struct ConsoleHub {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+struct Shared {
+    name: String,
+    wake: EventFd,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    backlog: Vec<u8>,
+    lost: u64,
+    arrived: Vec<UnixStream>,
+    streams: usize,
+    input: Option<Arc<dyn ConsoleInput>>,
+    closing: bool,
+}
+
+impl fmt::Debug for ConsoleHub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConsoleHub")
+            .field("name", &self.shared.name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ConsoleHub {
+    /// A hub named `name` that appends to `log`.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn new(name: impl Into<String>, mut log: File) -> Result<Arc<Self>> {
+        let name = name.into();
+        let unusable = || DeviceUnusable {
+            device: name.clone(),
+            doing: "starting its hub".to_owned(),
+        };
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .os("eventfd", &name)
+            .because_of(unusable)?;
+        let poller = Epoll::new()
+            .os("epoll_create1", &name)
+            .because_of(unusable)?;
+        poller
+            .ctl(
+                ControlOperation::Add,
+                wake.as_raw_fd(),
+                EpollEvent::new(EventSet::IN, WAKE),
+            )
+            .os("epoll_ctl", &name)
+            .because_of(unusable)?;
+        // A log that cannot be sought in (a pipe) is as good.
+        let written = log.seek(SeekFrom::End(0)).unwrap_or(0);
+        let shared = Arc::new(Shared {
+            name: name.clone(),
+            wake,
+            state: Mutex::default(),
+        });
+        let hub = Hub {
+            shared: Arc::clone(&shared),
+            poller,
+            log,
+            written,
+            streams: BTreeMap::new(),
+            next: 0,
+            reported: false,
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.clone())
+            .spawn(move || hub.run())
+            .os("spawn a thread", &name)
+            .because_of(unusable)?;
+        Ok(Arc::new(Self {
+            shared,
+            thread: Mutex::new(Some(thread)),
+        }))
+    }
+
+    /// Attaches a stream socket: it gets the output from now on, and what it sends is input.
+    ///
+    /// # Errors
+    /// There are [`STREAM_LIMIT`] already, or the stream is none.
+    pub fn attach(&self, stream: OwnedFd) -> Result<()> {
+        let stream = UnixStream::from(stream);
+        stream
+            .set_nonblocking(true)
+            .os("FIONBIO", &self.shared.name)?;
+        let mut state = self.shared.lock();
+        if state.streams >= STREAM_LIMIT {
+            return Err(DeviceUnusable {
+                device: self.shared.name.clone(),
+                doing: format!("attaching more than {STREAM_LIMIT} terminals"),
+            }
+            .into());
+        }
+        state.streams += 1;
+        state.arrived.push(stream);
+        drop(state);
+        self.shared.wake();
+        Ok(())
+    }
+
+    /// Sends input to `input` from now on.
+    pub fn connect_input(&self, input: Arc<dyn ConsoleInput>) {
+        self.shared.lock().input = Some(input);
+    }
+
+    /// Writes what is left and ends the thread. What comes afterwards is lost.
+    pub fn close(&self) {
+        self.shared.lock().closing = true;
+        self.shared.wake();
+        let thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        if let Some(thread) = thread {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for ConsoleHub {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl ConsoleOutput for ConsoleHub {
+    fn write(&self, bytes: &[u8]) {
+        let mut state = self.shared.lock();
+        let idle = state.backlog.is_empty();
+        state.backlog.extend(bytes);
+        let over = state.backlog.len().saturating_sub(BACKLOG_LIMIT);
+        if over > 0 {
+            // A quarter at once, so that not every further byte moves the whole backlog.
+            let cut = (over + BACKLOG_LIMIT / 4).min(state.backlog.len());
+            state.backlog.drain(..cut);
+            state.lost += cut as u64;
+        }
+        drop(state);
+        if idle {
+            self.shared.wake();
+        }
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        let _ = self.wake.write(1);
+    }
+}
+
+struct Stream {
+    socket: UnixStream,
+    /// Input that the guest had no room for. The stream is not read meanwhile.
+    pending: Vec<u8>,
+}
+
+/// What the hub's thread owns.
+struct Hub {
+    shared: Arc<Shared>,
+    poller: Epoll,
+    log: File,
+    written: u64,
+    streams: BTreeMap<u64, Stream>,
+    next: u64,
+    reported: bool,
+}
+
+impl Hub {
+    fn run(mut self) {
+        let mut events = [EpollEvent::default(); 8];
+        loop {
+            let waiting = self
+                .streams
+                .values()
+                .any(|stream| !stream.pending.is_empty());
+            let timeout = if waiting { RETRY_MS } else { -1 };
+            let count = self.poller.wait(timeout, &mut events).unwrap_or(0);
+            let _ = self.shared.wake.read();
+            let (output, arrived, input, closing) = self.look();
+            for stream in arrived {
+                self.welcome(stream);
+            }
+            self.put(&output);
+            if closing {
+                return;
+            }
+            let mut ready: Vec<u64> = events
+                .iter()
+                .take(count)
+                .map(EpollEvent::data)
+                .filter(|token| *token != WAKE)
+                .collect();
+            ready.extend(
+                self.streams
+                    .iter()
+                    .filter(|(_, stream)| !stream.pending.is_empty())
+                    .map(|(token, _)| *token),
+            );
+            ready.sort_unstable();
+            ready.dedup();
+            for token in ready {
+                self.take_input(token, input.as_deref());
+            }
+        }
+    }
+
+    /// What there is to do, taken out of the shared state.
+    #[allow(clippy::type_complexity)]
+    fn look(
+        &mut self,
+    ) -> (
+        Vec<u8>,
+        Vec<UnixStream>,
+        Option<Arc<dyn ConsoleInput>>,
+        bool,
+    ) {
+        let mut state = self.shared.lock();
+        let lost = std::mem::take(&mut state.lost);
+        let taken = (
+            std::mem::take(&mut state.backlog),
+            std::mem::take(&mut state.arrived),
+            state.input.clone(),
+            state.closing,
+        );
+        drop(state);
+        if lost > 0 {
+            self.report(lost, None);
+        }
+        taken
+    }
+
+    fn welcome(&mut self, socket: UnixStream) {
+        let token = self.next;
+        self.next += 1;
+        let added = self.poller.ctl(
+            ControlOperation::Add,
+            socket.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, token),
+        );
+        if added.is_ok() {
+            let pending = Vec::new();
+            self.streams.insert(token, Stream { socket, pending });
+        } else {
+            self.shared.lock().streams -= 1;
+        }
+    }
+
+    fn dismiss(&mut self, token: u64) {
+        if let Some(stream) = self.streams.remove(&token) {
+            let _ = self.poller.ctl(
+                ControlOperation::Delete,
+                stream.socket.as_raw_fd(),
+                EpollEvent::default(),
+            );
+            self.shared.lock().streams -= 1;
+        }
+    }
+
+    fn put(&mut self, output: &[u8]) {
+        if output.is_empty() {
+            return;
+        }
+        if self.written.saturating_add(output.len() as u64) > LOG_LIMIT
+            && self.log.set_len(0).is_ok()
+        {
+            let _ = self.log.seek(SeekFrom::Start(0));
+            self.written = 0;
+            let _ = self
+                .log
+                .write_all(b"[the log reached its limit and starts anew]\n");
+        }
+        match self.log.write_all(output) {
+            Ok(()) => self.written += output.len() as u64,
+            Err(error) => self.report(output.len() as u64, Some(&error)),
+        }
+        let gone: Vec<u64> = self
+            .streams
+            .iter_mut()
+            .filter_map(|(token, stream)| {
+                // A terminal that does not read loses what does not fit into its socket.
+                match stream.socket.write(output) {
+                    Ok(_) => None,
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => None,
+                    Err(_) => Some(*token),
+                }
+            })
+            .collect();
+        for token in gone {
+            self.dismiss(token);
+        }
+    }
+
+    /// Reads from a stream, or offers again what it read before.
+    fn take_input(&mut self, token: u64, input: Option<&dyn ConsoleInput>) {
+        let Some(stream) = self.streams.get_mut(&token) else {
+            return;
+        };
+        let waited = !stream.pending.is_empty();
+        if !waited {
+            let mut chunk = [0; CHUNK];
+            match stream.socket.read(&mut chunk) {
+                Ok(count) if count > 0 => {
+                    stream.pending = chunk.get(..count).unwrap_or_default().to_vec();
+                }
+                Err(error)
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
+                {
+                    return;
+                }
+                _ => return self.dismiss(token),
+            }
+        }
+        // Without a console that takes input it is dropped.
+        let taken = input.map_or(stream.pending.len(), |input| input.offer(&stream.pending));
+        stream.pending.drain(..taken.min(stream.pending.len()));
+        let waits = !stream.pending.is_empty();
+        if waits != waited {
+            let events = if waits {
+                EventSet::empty()
+            } else {
+                EventSet::IN
+            };
+            let _ = self.poller.ctl(
+                ControlOperation::Modify,
+                stream.socket.as_raw_fd(),
+                EpollEvent::new(events, token),
+            );
+        }
+    }
+
+    /// Reports the first loss; a guest that floods its console does so for ever.
+    fn report(&mut self, bytes: u64, cause: Option<&std::io::Error>) {
+        if std::mem::replace(&mut self.reported, true) {
+            return;
+        }
+        let seen = strake_observe::Observation::from(ConsoleOutputLost {
+            device: self.shared.name.clone(),
+            bytes,
+        });
+        let seen = match cause {
+            Some(error) => {
+                seen.because(strake_observe::OsCallFailed::new("write", "the log", error))
+            }
+            None => seen,
+        };
+        recorder().record(seen, Seen::Open);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    struct Sink(Mutex<(Vec<u8>, usize)>);
+
+    impl ConsoleInput for Sink {
+        fn offer(&self, bytes: &[u8]) -> usize {
+            let mut sink = self.0.lock().unwrap();
+            let taken = bytes.len().min(sink.1);
+            sink.0.extend(&bytes[..taken]);
+            taken
+        }
+    }
+
+    fn eventually(what: impl Fn() -> bool) {
+        let until = Instant::now() + Duration::from_secs(5);
+        while !what() {
+            assert!(Instant::now() < until, "it did not happen");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn logged(file: &File) -> String {
+        let mut file = file.try_clone().unwrap();
+        file.seek(SeekFrom::Start(0)).unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    fn log() -> (tempfile::NamedTempFile, File) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let append = File::options().append(true).open(file.path()).unwrap();
+        (file, append)
+    }
+
+    #[test]
+    fn output_goes_to_the_log_and_to_whoever_is_attached() {
+        let (file, append) = log();
+        let hub = ConsoleHub::new("console", append).unwrap();
+        hub.write(b"early ");
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        hub.attach(theirs.into()).unwrap();
+        eventually(|| logged(file.as_file()) == "early ");
+        hub.write(b"late");
+        let mut got = [0; 4];
+        (&ours).read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"late");
+        hub.close();
+        assert_eq!(logged(file.as_file()), "early late");
+    }
+
+    #[test]
+    fn a_terminal_that_does_not_read_does_not_hold_the_log() {
+        let (file, append) = log();
+        let hub = ConsoleHub::new("console", append).unwrap();
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        hub.attach(theirs.into()).unwrap();
+        for _ in 0..100 {
+            hub.write(&[b'x'; 16 * 1024]);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        hub.write(b"end");
+        hub.close();
+        assert!(logged(file.as_file()).ends_with("end"));
+    }
+
+    #[test]
+    fn input_that_finds_no_room_waits_and_arrives_whole() {
+        let (_file, append) = log();
+        let hub = ConsoleHub::new("console", append).unwrap();
+        let sink = Arc::new(Sink(Mutex::new((Vec::new(), 3))));
+        hub.connect_input(sink.clone());
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        hub.attach(theirs.into()).unwrap();
+        let sent: Vec<u8> = (0..200).collect();
+        ours.write_all(&sent).unwrap();
+        eventually(|| sink.0.lock().unwrap().0 == sent);
+    }
+
+    #[test]
+    fn terminals_come_and_go() {
+        let (_file, append) = log();
+        let hub = ConsoleHub::new("console", append).unwrap();
+        for _ in 0..3 {
+            let pairs: Vec<_> = (0..STREAM_LIMIT)
+                .map(|_| {
+                    let (ours, theirs) = UnixStream::pair().unwrap();
+                    hub.attach(theirs.into()).unwrap();
+                    ours
+                })
+                .collect();
+            let (_, one_more) = UnixStream::pair().unwrap();
+            assert!(hub.attach(one_more.into()).is_err());
+            drop(pairs);
+            eventually(|| hub.shared.lock().streams == 0);
+        }
+    }
+}
