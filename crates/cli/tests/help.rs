@@ -156,3 +156,16 @@ fn the_version_is_told() {
     let done = run(&["--version"]).ok();
     assert_eq!(done.out, format!("strake {}\n", env!("CARGO_PKG_VERSION")));
 }
+
+#[test]
+fn every_command_is_in_the_book() {
+    let book = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/src/cli.md");
+    let book = std::fs::read_to_string(book).unwrap();
+    for path in all() {
+        let name = path.join(" ");
+        assert!(book.contains(&format!("strake {name}")), "{name}");
+    }
+    for code in ["| 0 |", "| 1 |", "| 2 |", "| 3 |", "| 130 |", "| 141 |"] {
+        assert!(book.contains(code), "{code}");
+    }
+}

@@ -205,3 +205,14 @@ fn a_refused_migration_is_not_watched() {
     assert_eq!(done.code, Some(1));
     assert_eq!(daemon.lines(), ["POST /v1/vms/web1/disks/root/migrate"]);
 }
+
+#[test]
+fn ctrl_c_before_the_job_has_a_name_is_told_too() {
+    let daemon = FakeDaemon::new(|_| Answer::Hang);
+    let child = daemon.spawn(&MIGRATE);
+    daemon.wait_for("POST /v1/vms/web1/disks/root/migrate", 1);
+    signal(&child, Signal::INT);
+    let done = common::done(child.wait_with_output().unwrap());
+    assert_eq!(done.code, Some(130));
+    assert!(done.err.contains("strake jobs ls"), "{}", done.err);
+}

@@ -11,6 +11,8 @@ use strake_observe::Result;
 use crate::context::Context;
 use crate::exit::Exit;
 use crate::job;
+use crate::observations::Interrupted;
+use crate::signals::Interrupts;
 
 /// Work on the disks of VMs
 #[derive(Debug, clap::Args)]
@@ -109,10 +111,17 @@ async fn migrate(args: Migrate, context: &Context) -> Result<Exit> {
         },
         remove_source: args.remove_source,
     };
-    let job = context
-        .client
-        .migrate(&args.vm, &args.disk, &request)
-        .await?;
+    // Between the request and its answer the job may exist and its name is not known yet.
+    let mut interrupts = Interrupts::new()?;
+    let job = tokio::select! {
+        job = context.client.migrate(&args.vm, &args.disk, &request) => job?,
+        () = interrupts.next() => return Err(Interrupted {
+            remains: "the daemon may already have begun the migration".to_owned(),
+            advice: "see with `strake jobs ls`, end it with `strake jobs cancel JOB`".to_owned(),
+        }
+        .into()),
+    };
+    drop(interrupts);
     if args.detach {
         context.output.answer(&job, |job| {
             let id = &job.status.job;

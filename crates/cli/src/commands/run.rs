@@ -23,6 +23,10 @@ const MAX_MADE_NAME: usize = 48;
 
 /// Create a VM, start it and open its console, in one line
 #[derive(Debug, clap::Args)]
+#[command(override_usage = "\
+strake run [OPTIONS] IMAGE
+       strake run [OPTIONS] --kernel FILE [IMAGE]
+       strake run -f FILE [--name NAME] [--detach]")]
 #[command(after_help = "\
 Examples:
   strake run disk.raw --cpus 2 --memory 1G
