@@ -57,7 +57,8 @@ struct Shared {
 struct State {
     backlog: Vec<u8>,
     lost: u64,
-    arrived: Vec<UnixStream>,
+    /// Streams that the thread does not know yet, each with how much of the backlog is older.
+    arrived: Vec<(UnixStream, usize)>,
     streams: usize,
     input: Option<Arc<dyn ConsoleInput>>,
     closing: bool,
@@ -141,7 +142,8 @@ impl ConsoleHub {
             .into());
         }
         state.streams += 1;
-        state.arrived.push(stream);
+        let older = state.backlog.len();
+        state.arrived.push((stream, older));
         drop(state);
         self.shared.wake();
         Ok(())
@@ -184,6 +186,9 @@ impl ConsoleOutput for ConsoleHub {
             let cut = (over + BACKLOG_LIMIT / 4).min(state.backlog.len());
             state.backlog.drain(..cut);
             state.lost += cut as u64;
+            for (_, older) in &mut state.arrived {
+                *older = older.saturating_sub(cut);
+            }
         }
         drop(state);
         if idle {
@@ -206,6 +211,8 @@ struct Stream {
     socket: UnixStream,
     /// Input that the guest had no room for. The stream is not read meanwhile.
     pending: Vec<u8>,
+    /// How much of the next output is older than the stream.
+    skip: usize,
 }
 
 /// What the hub's thread owns.
@@ -231,8 +238,8 @@ impl Hub {
             let count = self.poller.wait(timeout, &mut events).unwrap_or(0);
             let _ = self.shared.wake.read();
             let (output, arrived, input, closing) = self.look();
-            for stream in arrived {
-                self.welcome(stream);
+            for (stream, older) in arrived {
+                self.welcome(stream, older);
             }
             self.put(&output);
             if closing {
@@ -283,7 +290,7 @@ impl Hub {
         taken
     }
 
-    fn welcome(&mut self, socket: UnixStream) {
+    fn welcome(&mut self, socket: UnixStream, skip: usize) {
         let token = self.next;
         self.next += 1;
         let added = self.poller.ctl(
@@ -292,8 +299,12 @@ impl Hub {
             EpollEvent::new(EventSet::IN, token),
         );
         if added.is_ok() {
-            let pending = Vec::new();
-            self.streams.insert(token, Stream { socket, pending });
+            let stream = Stream {
+                socket,
+                pending: Vec::new(),
+                skip,
+            };
+            self.streams.insert(token, stream);
         } else {
             self.shared.lock().streams -= 1;
         }
@@ -332,6 +343,8 @@ impl Hub {
             .iter_mut()
             .filter_map(|(token, stream)| {
                 // A terminal that does not read loses what does not fit into its socket.
+                let skip = std::mem::take(&mut stream.skip);
+                let output = output.get(skip..).filter(|output| !output.is_empty())?;
                 match stream.socket.write(output) {
                     Ok(_) => None,
                     Err(error) if error.kind() == ErrorKind::WouldBlock => None,
