@@ -271,7 +271,7 @@ impl Hub {
         &mut self,
     ) -> (
         Vec<u8>,
-        Vec<UnixStream>,
+        Vec<(UnixStream, usize)>,
         Option<Arc<dyn ConsoleInput>>,
         bool,
     ) {
