@@ -47,7 +47,11 @@ fn memory() -> Check {
     };
     let available = available(&meminfo).unwrap_or(0);
     if available < MEMORY {
-        Check::cannot(NAME, Need::Useful, LittleMemory { available })
+        let problem = LittleMemory {
+            available_bytes: available,
+            available: units::bytes(available),
+        };
+        Check::cannot(NAME, Need::Useful, problem)
     } else {
         Check::ok(NAME, format!("{} available", units::bytes(available)))
     }

@@ -45,9 +45,11 @@ strake_observe::catalog! {
         /// The directory.
         directory: String,
         /// Bytes free.
-        free: u64,
+        free_bytes: u64,
+        /// The same for people.
+        free: String,
     }
-    text "only {free} bytes are free in the file system of {directory}";
+    text "only {free} are free in the file system of {directory}";
     remedy "free space there, or keep images in another datastore (`strake datastore add`)";
 
     /// There are no control groups.
@@ -103,9 +105,11 @@ strake_observe::catalog! {
     /// Little memory is free.
     LittleMemory("doctor.little-memory") {
         /// Bytes available.
-        available: u64,
+        available_bytes: u64,
+        /// The same for people.
+        available: String,
     }
-    text "only {available} bytes of memory are available";
+    text "only {available} of memory are available";
     remedy "stop something else, or give VMs less memory";
 
     /// The monitor's binary was not found.

@@ -44,7 +44,8 @@ fn space(directory: &Path) -> Result<String> {
     if free < LITTLE {
         return Err(LittleSpace {
             directory: shown,
-            free,
+            free_bytes: free,
+            free: units::bytes(free),
         }
         .into());
     }
@@ -54,7 +55,7 @@ fn space(directory: &Path) -> Result<String> {
 fn writable(wanted: &Path, directory: &Path) -> Result<String> {
     let shown = directory.display().to_string();
     unnamed(directory, 0)
-        .os("create a file in", &shown)
+        .os("create a file", &shown)
         .because_of(|| NotWritable {
             directory: shown.clone(),
         })?;
@@ -74,9 +75,7 @@ fn direct(directory: &Path) -> Result<String> {
     let mut file = match unnamed(directory, libc::O_DIRECT) {
         Ok(file) => file,
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-            return Err(error)
-                .os("open with O_DIRECT in", &shown)
-                .because_of(own);
+            return Err(error).os("open with O_DIRECT", &shown).because_of(own);
         }
         // The check before this one has said that already; the reason here is another.
         Err(error) => {
@@ -84,7 +83,7 @@ fn direct(directory: &Path) -> Result<String> {
                 directory: shown.clone(),
             });
             return Err(error)
-                .os("create a file in", &shown)
+                .os("create a file", &shown)
                 .map_err(|cause| why.because(cause));
         }
     };
@@ -95,7 +94,7 @@ fn direct(directory: &Path) -> Result<String> {
         .get(skip..skip.saturating_add(BLOCK))
         .unwrap_or_default();
     file.write_all(block)
-        .os("write with O_DIRECT in", &shown)
+        .os("write with O_DIRECT", &shown)
         .because_of(own)?;
     Ok(format!("works in the file system of {shown}"))
 }
