@@ -1,0 +1,36 @@
+//! Crash points: named instants at which a test ends the daemon as `kill -9` would.
+//!
+//! **For tests only.** `STRAKE_CRASH_AT=before-commit straked …` ends the daemon the first time it
+//! reaches that instant. Whole-system tests use the same binaries as everybody else, so this is
+//! an environment variable, read once, and costs one comparison where nobody set it. Whoever may
+//! set the daemon's environment may end it anyway.
+
+use std::sync::OnceLock;
+
+use rustix::process::{Signal, getpid, kill_process};
+
+/// Every crash point, in the order in which a migration passes them.
+pub const CRASH_POINTS: &[&str] = &[
+    "after-job-reserved",
+    "after-destination-created",
+    "after-job-recorded",
+    "after-job-accepted",
+    "before-commit",
+    "after-commit-before-reply",
+    "after-commit-reply",
+    "before-source-removal",
+    "after-source-removal",
+    "before-destination-removal",
+    "after-destination-removal",
+];
+
+/// Ends the daemon here if a test asked for it.
+pub(crate) fn point(name: &str) {
+    static AT: OnceLock<Option<String>> = OnceLock::new();
+    debug_assert!(CRASH_POINTS.contains(&name), "unlisted crash point {name}");
+    let at = AT.get_or_init(|| std::env::var("STRAKE_CRASH_AT").ok());
+    if at.as_deref() == Some(name) {
+        tracing::warn!(name, "crash point reached");
+        let _ = kill_process(getpid(), Signal::KILL);
+    }
+}

@@ -1,0 +1,338 @@
+//! The end of a migration: decision, switch, clearing up.
+//!
+//! The binding record decides which image is authoritative, and only a transaction that is known
+//! to be durable decides it. What each end leaves behind:
+//!
+//! | the inventory says | authoritative | removed |
+//! | --- | --- | --- |
+//! | preparing, running, aborted | source | destination, journal |
+//! | committed | destination | journal; the source if asked |
+//!
+//! Files are removed before the job is recorded as ended, so a daemon that dies in between does it
+//! again.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use strake_api::control::{ExitReason, Request};
+use strake_api::job::{JobId, MigrationStatus, Phase};
+use strake_observe::{Because, Observation, OsContext, Result};
+
+use super::live::{Cell, Monitor};
+use super::{Host, guard, note};
+use crate::config::show;
+use crate::crash;
+use crate::inventory::{JobRecord, JobState};
+use crate::monitor::connection::QUICK;
+use crate::observations::{
+    BindingSplit, CommitFailed, ImageRefused, JobForgotten, JobWithoutMonitor, MigrationFailed,
+    MonitorKilled, NotRemoved,
+};
+use crate::storage::{image, store};
+
+/// Pause between attempts to write a decision to an inventory that fails.
+const DECISION_INTERVAL: Duration = Duration::from_secs(1);
+
+impl Host {
+    /// The monitor has everything at the destination and waits: decides and tells it. Asked again
+    /// about the same job (on a new connection), it repeats what the inventory already holds.
+    pub(super) fn decide(&self, cell: &Cell, monitor: &Monitor, id: &JobId) {
+        let committed = self.decision(cell, monitor, id);
+        tracing::info!(job = %id, committed, "decided");
+        let decision = Request::JobDecision {
+            job: id.clone(),
+            committed,
+        };
+        if committed {
+            crash::point("after-commit-before-reply");
+        }
+        let told = monitor
+            .connection()
+            .call("decide a job", decision, &[], QUICK);
+        if let Err(seen) = told {
+            // On the next connection the monitor asks again.
+            note(seen);
+            monitor.connection().close();
+        }
+        if committed {
+            crash::point("after-commit-reply");
+        }
+    }
+
+    fn decision(&self, cell: &Cell, monitor: &Monitor, id: &JobId) -> bool {
+        loop {
+            match self.inventory.job(id) {
+                Ok(job) if job.vm != cell.name => return false,
+                Ok(job) => match job.state {
+                    JobState::Committed => return true,
+                    JobState::Ended => return job.status.phase == Phase::Completed,
+                    JobState::Preparing | JobState::Aborted => return false,
+                    JobState::Running => match self.commit(cell, &job) {
+                        Some(committed) => return committed,
+                        None => std::thread::sleep(DECISION_INTERVAL),
+                    },
+                },
+                Err(seen) if seen.is::<crate::observations::NoSuchJob>() => return false,
+                Err(seen) => {
+                    note(seen);
+                    std::thread::sleep(DECISION_INTERVAL);
+                }
+            }
+            // Nobody waits for the decision of a monitor that is gone: `settle_jobs` comes next.
+            if monitor.process.wait(Duration::ZERO) {
+                return false;
+            }
+        }
+    }
+
+    /// Commits, or failing that makes the opposite durable. `None` if neither can be written: then
+    /// nobody may be told anything yet, and the guest's disk waits.
+    fn commit(&self, cell: &Cell, job: &JobRecord) -> Option<bool> {
+        let committed = check_destination(job).and_then(|()| {
+            crash::point("before-commit");
+            self.inventory.commit_job(&job.id)
+        });
+        let Err(seen) = committed else {
+            return Some(true);
+        };
+        cell.change(|live| live.observe(seen.clone()));
+        note(seen);
+        match self.inventory.abort_job(&job.id) {
+            Ok(()) => Some(false),
+            Err(seen) => {
+                note(seen);
+                None
+            }
+        }
+    }
+
+    /// The monitor says that a job has ended.
+    pub(super) fn job_ended(&self, cell: &Cell, monitor: &Monitor, status: &MigrationStatus) {
+        let job = match self.inventory.job(&status.job) {
+            Ok(job) if job.vm == cell.name && job.state != JobState::Ended => job,
+            Ok(_) => return,
+            Err(seen) => return note(seen),
+        };
+        match (status.phase, job.state) {
+            (Phase::Completed, JobState::Committed) => self.finish_committed(&job, status),
+            (Phase::Failed | Phase::Cancelled, JobState::Committed) | (Phase::Completed, _) => {
+                self.split(cell, monitor, &job, status)
+            }
+            (Phase::Failed | Phase::Cancelled, _) => self.finish_on_source(&job, status),
+            _ => {}
+        }
+    }
+
+    /// The monitor runs the disk on another image than the binding names. What the guest writes
+    /// there would be lost, so the guest must not write: the monitor ends now, and its jobs are
+    /// settled by what the inventory says.
+    fn split(&self, cell: &Cell, monitor: &Monitor, job: &JobRecord, status: &MigrationStatus) {
+        let bound = match job.state {
+            JobState::Committed => &job.destination,
+            _ => &job.source,
+        };
+        let seen = Observation::from(BindingSplit {
+            job: job.id.to_string(),
+            bound: show(bound),
+            said: format!("the job is {:?}", status.phase),
+        })
+        .because(MonitorKilled {
+            vm: cell.name.clone(),
+            pid: monitor.process.pid(),
+            reason: "it runs a disk on the wrong image".to_owned(),
+        })
+        .because_all(status.failure.clone());
+        cell.change(|live| live.observe(seen.clone()));
+        note(seen);
+        monitor.process.kill();
+    }
+
+    /// Compares the jobs of the inventory with those that a monitor, just reached again, knows.
+    pub(super) fn reconcile_jobs(&self, cell: &Cell, monitor: &Monitor, known: &[MigrationStatus]) {
+        let _jobs = guard(&cell.jobs);
+        let active = match self.inventory.active_jobs(&cell.name) {
+            Ok(active) => active,
+            Err(seen) => return note(seen),
+        };
+        for job in active {
+            match known.iter().find(|status| status.job == job.id) {
+                // A job that runs or waits goes on; the monitor itself asks for the decision.
+                Some(status) if !status.phase.is_final() => {}
+                Some(status) => self.job_ended(cell, monitor, status),
+                None => {
+                    let forgotten = JobForgotten {
+                        job: job.id.to_string(),
+                    };
+                    self.settle(&job, forgotten.into());
+                }
+            }
+        }
+    }
+
+    /// The monitor is gone: every job of the VM ends as the inventory says.
+    pub(super) fn settle_jobs(&self, vm: &str, why: &ExitReason) {
+        let cell = self.existing_cell(vm);
+        let _jobs = cell.as_ref().map(|cell| guard(&cell.jobs));
+        let active = match self.inventory.active_jobs(vm) {
+            Ok(active) => active,
+            Err(seen) => return note(seen),
+        };
+        for job in active {
+            let reason = match why {
+                ExitReason::GuestPowerOff => "the guest powered off",
+                ExitReason::GuestReset => "the guest was reset",
+                ExitReason::Stopped => "the VM was stopped",
+                ExitReason::Failed(_) => "the monitor died",
+            };
+            let seen = Observation::from(JobWithoutMonitor {
+                job: job.id.to_string(),
+                reason: reason.to_owned(),
+            });
+            let seen = match why {
+                ExitReason::Failed(death) => seen.because(death.clone()),
+                _ => seen,
+            };
+            self.settle(&job, seen);
+        }
+    }
+
+    /// Ends a job that no monitor runs, by what the inventory says.
+    pub(super) fn settle(&self, job: &JobRecord, why: Observation) {
+        let mut status = job.status.clone();
+        if job.state == JobState::Committed {
+            status.phase = Phase::Completed;
+            self.finish_committed(job, &status);
+        } else {
+            status.phase = Phase::Failed;
+            status.failure = Some(why);
+            self.finish_on_source(job, &status);
+        }
+    }
+
+    fn finish_committed(&self, job: &JobRecord, status: &MigrationStatus) {
+        let mut left = Vec::new();
+        left.extend(remove_journal(job).err());
+        if job.remove_source {
+            crash::point("before-source-removal");
+            let _placing = guard(&self.placing);
+            let shared = self.inventory.users_of_image(&job.source);
+            match shared {
+                Ok(users) if users.is_empty() => {
+                    left.extend(image::remove(&job.source, "the source of a migrated disk").err())
+                }
+                Ok(_) => {}
+                Err(seen) => left.push(seen),
+            }
+            crash::point("after-source-removal");
+        }
+        let mut status = status.clone();
+        status.phase = Phase::Completed;
+        status.failure = None;
+        self.record_end(job, &status);
+        left.into_iter().for_each(note);
+    }
+
+    fn finish_on_source(&self, job: &JobRecord, status: &MigrationStatus) {
+        crash::point("before-destination-removal");
+        let mut causes: Vec<Observation> = status.failure.clone().into_iter().collect();
+        causes.extend(remove_destination(job).err());
+        causes.extend(remove_journal(job).err());
+        crash::point("after-destination-removal");
+        let mut status = status.clone();
+        status.failure = match status.phase {
+            Phase::Cancelled if causes.is_empty() => None,
+            _ => Some(failed(job).because_all(causes)),
+        };
+        if status.phase == Phase::Failed
+            && let Some(seen) = &status.failure
+        {
+            note(seen.clone());
+        }
+        self.record_end(job, &status);
+    }
+
+    fn record_end(&self, job: &JobRecord, status: &MigrationStatus) {
+        tracing::info!(job = %job.id, phase = ?status.phase, "job ended");
+        if let Err(seen) = self.inventory.end_job(&job.id, status) {
+            note(seen);
+        }
+    }
+}
+
+fn failed(job: &JobRecord) -> Observation {
+    MigrationFailed {
+        job: job.id.to_string(),
+        vm: job.vm.clone(),
+        disk: job.disk.clone(),
+        source: show(&job.source),
+    }
+    .into()
+}
+
+/// Before the commit: the destination must still be the file that was copied to. Somebody may have
+/// removed its name or its directory; then the copy is good and nobody would ever find it.
+fn check_destination(job: &JobRecord) -> Result<()> {
+    let meta = std::fs::symlink_metadata(&job.destination)
+        .os("stat", job.destination.display())
+        .because_of(|| CommitFailed {
+            job: job.id.to_string(),
+        })?;
+    if Some(meta.ino()) != job.inode {
+        return Err(ImageRefused {
+            path: show(&job.destination),
+            reason: "it is no longer the file that was copied to".to_owned(),
+            advice: "leave the destination alone while a job runs".to_owned(),
+        })
+        .because_of(|| CommitFailed {
+            job: job.id.to_string(),
+        });
+    }
+    Ok(())
+}
+
+/// The journal of a job: beside its destination.
+pub(super) fn journal_path(destination: &Path) -> PathBuf {
+    let name = destination
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy();
+    destination.with_file_name(format!(".{name}.strake-journal"))
+}
+
+fn remove_journal(job: &JobRecord) -> Result<()> {
+    let path = journal_path(&job.destination);
+    store::remove_file(&path).because_of(|| NotRemoved {
+        path: show(&path),
+        what: "the journal of a migration".to_owned(),
+    })
+}
+
+/// Removes the destination if it is the file that the job created. If the daemon died before it
+/// could record which file that is, only one that holds no data can be it.
+pub(super) fn remove_destination(job: &JobRecord) -> Result<()> {
+    let path = &job.destination;
+    let not_removed = || NotRemoved {
+        path: show(path),
+        what: "the destination of a migration that did not complete".to_owned(),
+    };
+    let meta = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        meta => meta.os("stat", path.display()).because_of(not_removed)?,
+    };
+    let ours = match job.inode {
+        Some(inode) => meta.ino() == inode,
+        None => {
+            let empty = meta.is_file() && meta.blocks() == 0;
+            empty && (meta.len() == 0 || meta.len() == job.status.size_bytes)
+        }
+    };
+    if !ours {
+        return Ok(());
+    }
+    store::remove_file(path).because_of(not_removed)?;
+    match path.parent() {
+        Some(directory) => store::sync(directory).because_of(not_removed),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,207 @@
+//! What a monitor is given: the machine's description and its descriptors.
+//!
+//! The monitor opens nothing itself. Everything is opened here, and everything that can be wrong
+//! with it is seen before a monitor exists.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use strake_api::control::{
+    BootConfig, DiskConfig, FdIndex, MAX_FDS, MachineConfig, MemoryConfig, NicConfig,
+};
+use strake_api::spec::{BootSpec, parse_mac};
+use strake_observe::{Because, OsContext, Result};
+
+use super::create::boot_file_refused;
+use super::{Host, private};
+use crate::config::show;
+use crate::inventory::{DiskRecord, VmRecord};
+use crate::net;
+use crate::observations::{Internal, InventoryCorrupt, KvmUnavailable};
+use crate::storage::image::{self, Mode};
+
+/// A machine's description and the descriptors that it names.
+#[derive(Debug)]
+pub(super) struct Launch {
+    pub(super) config: MachineConfig,
+    fds: Descriptors,
+}
+
+impl Launch {
+    pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
+        self.fds.0.iter().map(AsFd::as_fd).collect()
+    }
+}
+
+/// The descriptors of one packet, in its order.
+#[derive(Debug, Default)]
+struct Descriptors(Vec<OwnedFd>);
+
+impl Descriptors {
+    fn add(&mut self, fd: impl Into<OwnedFd>) -> Result<FdIndex> {
+        let index = u8::try_from(self.0.len())
+            .ok()
+            .filter(|n| usize::from(*n) < MAX_FDS);
+        let index = index.ok_or_else(|| Internal {
+            what: "a machine needs more descriptors than a packet carries".to_owned(),
+        })?;
+        self.0.push(fd.into());
+        Ok(FdIndex(index))
+    }
+}
+
+impl Host {
+    /// Opens everything that the VM's machine needs.
+    pub(super) fn prepare_launch(&self, vm: &VmRecord) -> Result<Launch> {
+        let mut fds = Descriptors::default();
+        let kvm = fds.add(self.open_kvm()?)?;
+        let boot = boot(&vm.spec.boot, vm, &mut fds)?;
+        let mut disks = Vec::new();
+        for disk in &vm.disks {
+            disks.push(self.disk(vm, disk, &mut fds)?);
+        }
+        let mut nics = Vec::new();
+        for nic in &vm.nics {
+            let mac = parse_mac(&nic.mac).map_err(|reason| InventoryCorrupt {
+                record: format!("interface '{}' of VM '{}'", nic.name, vm.name),
+                reason,
+            })?;
+            nics.push(NicConfig {
+                name: nic.name.clone(),
+                slot: nic.slot,
+                tap: fds.add(net::open_tap(&nic.tap, nic.bridge.as_deref())?)?,
+                mac,
+            });
+        }
+        let size = vm.spec.memory.0;
+        let memfd = strake_memory::create_memfd(&format!("strake-ram-{}", vm.name), size)?;
+        let memory = MemoryConfig {
+            size,
+            memfd: fds.add(memfd)?,
+        };
+        private(&self.config.vm_state(&vm.name))?;
+        let console_log = fds.add(open_console_log(&self.config.console_log(&vm.name))?)?;
+        Ok(Launch {
+            config: MachineConfig {
+                vm: vm.name.clone(),
+                cpus: vm.spec.cpus,
+                kvm,
+                memory,
+                boot,
+                disks,
+                nics,
+                console_log,
+            },
+            fds,
+        })
+    }
+
+    fn open_kvm(&self) -> Result<File> {
+        let path = &self.config.kvm;
+        let result = OpenOptions::new().read(true).write(true).open(path);
+        let advice = match result.as_ref().err().map(std::io::Error::kind) {
+            Some(std::io::ErrorKind::NotFound) => {
+                "enable virtualisation in the firmware and load kvm_intel or kvm_amd; \
+                 `strake doctor` tells more"
+            }
+            Some(std::io::ErrorKind::PermissionDenied) => {
+                "run straked as root or in the group that owns the device"
+            }
+            _ => "run `strake doctor`",
+        };
+        result
+            .os("open", path.display())
+            .because_of(|| KvmUnavailable {
+                path: show(path),
+                advice: advice.to_owned(),
+            })
+    }
+
+    fn disk(&self, vm: &VmRecord, disk: &DiskRecord, fds: &mut Descriptors) -> Result<DiskConfig> {
+        let spec = vm.spec.disks.iter().find(|spec| spec.name == disk.name);
+        let image = image::open(&disk.image, Mode::of(disk.read_only), || {
+            self.who_uses(&vm.name, &disk.image)
+        })?;
+        Ok(DiskConfig {
+            name: disk.name.clone(),
+            slot: disk.slot,
+            image: fds.add(image)?,
+            path: show(&disk.image),
+            read_only: disk.read_only,
+            serial: disk.name.clone(),
+            queues: spec
+                .and_then(|spec| spec.queues)
+                .unwrap_or(u16::from(vm.spec.cpus)),
+        })
+    }
+
+    /// Who has locked an image, as far as the inventory can tell: another VM that is bound to the
+    /// same file, under whatever name.
+    fn who_uses(&self, vm: &str, path: &Path) -> String {
+        let others = self.inventory.vms().unwrap_or_default();
+        others
+            .iter()
+            .filter(|other| other.name != vm)
+            .flat_map(|other| other.disks.iter().map(move |disk| (other, disk)))
+            .find(|(_, disk)| crate::storage::store::same_file(&disk.image, path))
+            .map_or_else(
+                || "another process, which has it locked".to_owned(),
+                |(other, disk)| format!("disk '{}' of VM '{}'", disk.name, other.name),
+            )
+    }
+}
+
+fn boot(boot: &BootSpec, vm: &VmRecord, fds: &mut Descriptors) -> Result<BootConfig> {
+    Ok(match boot {
+        BootSpec::Kernel {
+            kernel,
+            initrd,
+            cmdline,
+        } => BootConfig::Kernel {
+            kernel: fds.add(open_boot_file("kernel", kernel)?)?,
+            kernel_path: kernel.clone(),
+            initrd: initrd
+                .as_ref()
+                .map(|initrd| fds.add(open_boot_file("initrd", initrd)?))
+                .transpose()?,
+            cmdline: cmdline.clone(),
+        },
+        BootSpec::Disk { disk, cmdline } => {
+            let first = vm.disks.first().map(|disk| disk.name.clone());
+            BootConfig::Disk {
+                disk: disk.clone().or(first).unwrap_or_default(),
+                cmdline_append: cmdline.clone(),
+            }
+        }
+    })
+}
+
+/// Opens a kernel or an initial RAM disk: a regular file.
+pub(super) fn open_boot_file(what: &str, path: &str) -> Result<File> {
+    // Without waiting, should it be a named pipe.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .os("open", path)
+        .because_of(|| boot_file_refused(what, path))?;
+    let meta = file.metadata().os("stat", path)?;
+    if !meta.is_file() {
+        let error = std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        return Err(error)
+            .os("open", format!("{path}, which is not a regular file"))
+            .because_of(|| boot_file_refused(what, path));
+    }
+    Ok(file)
+}
+
+fn open_console_log(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
+        .os("open", path.display())
+}

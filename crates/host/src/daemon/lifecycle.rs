@@ -1,0 +1,377 @@
+//! Start and stop of VMs.
+//!
+//! ```text
+//!            start                 guest runs
+//!  Stopped ─────────► Starting ─────────────────► Running ◄──► Paused
+//!  Failed ──┘            │                           │
+//!     ▲                  │ anything fails            │ stop
+//!     │                  ▼                           ▼
+//!     │               Stopped ◄───────────────── Stopping
+//!     │                  ▲   the monitor has ended   │ the guest does not react: Running again
+//!     └──────────────────┴───────────────────────────┘
+//!      the monitor died       (`supervise`)
+//! ```
+
+use std::path::Path;
+use std::process::Child;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+use std::time::Duration;
+
+use strake_api::control::Request;
+use strake_api::rest::{StopVm, Vm, VmState};
+use strake_observe::{Because, Observation, Result, Task};
+
+use super::launch::Launch;
+use super::live::{Cell, Monitor, state_name};
+use super::{Host, guard, note, now_ms, private, task};
+use crate::inventory::{StoredState, VmRecord};
+use crate::monitor::connection::{Connection, Greeting, Incoming, QUICK};
+use crate::monitor::process::Process;
+use crate::monitor::spawn;
+use crate::observations::{
+    MonitorDied, MonitorKilled, MonitorSaid, MonitorUnreachable, StartFailed, StopFailed,
+    StopTimedOut, WrongState,
+};
+use crate::storage::store::remove_file;
+
+/// How long a monitor may take to build its machine: it may have to read a kernel out of an image
+/// on a slow store.
+const CONFIGURE_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a guest has to shut down if nobody says otherwise.
+const STOP_PATIENCE: Duration = Duration::from_secs(60);
+
+/// A guest that was too early in its boot to hear the power button hears it the next time.
+const BUTTON_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long a forced stop waits for the monitor to flush the disks; then it is killed.
+const FORCE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// A monitor that has just been started.
+struct Started {
+    monitor: Arc<Monitor>,
+    events: Receiver<Incoming>,
+}
+
+impl Host {
+    /// Starts a VM.
+    ///
+    /// # Errors
+    /// [`StartFailed`], with the reason; no monitor is left behind then.
+    pub fn start(self: &Arc<Self>, name: &str) -> Result<Vm> {
+        let cell = self.cell(name)?;
+        {
+            let _operation = guard(&cell.operation);
+            let failed = || StartFailed {
+                vm: name.to_owned(),
+            };
+            task(format!("start VM '{name}'"), failed, |task| {
+                let state = cell.live().state;
+                if !matches!(state, VmState::Stopped | VmState::Failed) {
+                    return Err(WrongState {
+                        vm: name.to_owned(),
+                        state: state_name(state).to_owned(),
+                        needed: "stopped".to_owned(),
+                        advice: "it needs no start; `strake ps` shows it".to_owned(),
+                    }
+                    .into());
+                }
+                self.start_stopped(&cell, task)
+            })?;
+        }
+        self.vm(name)
+    }
+
+    /// Starts the VM again after its guest asked for a reset. The state is `Starting` since then.
+    pub(super) fn start_after_reset(self: &Arc<Self>, cell: &Arc<Cell>) {
+        let _operation = guard(&cell.operation);
+        if cell.live().state != VmState::Starting {
+            return; // Somebody stopped it in between.
+        }
+        let name = &cell.name;
+        let failed = || StartFailed { vm: name.clone() };
+        let restarted = task(format!("restart VM '{name}'"), failed, |task| {
+            self.start_stopped(cell, task)
+        });
+        if let Err(seen) = restarted {
+            tracing::error!(%seen, "a guest asked for a reset and could not be started again");
+            cell.change(|live| live.trouble = Some(seen));
+        }
+    }
+
+    /// The caller holds the VM's operation lock.
+    fn start_stopped(self: &Arc<Self>, cell: &Arc<Cell>, task: &mut Task) -> Result<()> {
+        let name = cell.name.as_str();
+        let record = self.inventory.vm(name)?;
+        self.refuse_living_monitor(&record)?;
+        cell.change(|live| {
+            live.state = VmState::Starting;
+            live.stop_asked = false;
+            live.trouble = None;
+            live.observed.clear();
+        });
+        let started = self.launch(&record, task);
+        match started {
+            Ok(started) => self.adopt(cell, started.monitor, started.events, VmState::Running),
+            Err(seen) => {
+                // Nothing runs; if even that cannot be recorded, the next daemon finds out.
+                if let Err(more) = self.inventory.vm_ended(name, StoredState::Stopped, None) {
+                    task.saw(more);
+                }
+                cell.change(|live| live.state = VmState::Stopped);
+                Err(seen)
+            }
+        }
+    }
+
+    fn launch(&self, record: &VmRecord, task: &mut Task) -> Result<Started> {
+        let name = &record.name;
+        let launch = self.prepare_launch(record)?;
+        private(&self.config.vm_run(name))?;
+        // From here on a daemon that comes back must look for a monitor.
+        self.inventory.vm_starting(name)?;
+        let socket = self.config.control_socket(name);
+        let log = self.config.monitor_log(name);
+        let child = spawn::spawn(&self.config.vmm, name, &socket, &log)?;
+        let mut newborn = Newborn::Child(child);
+        let seen = match self.bring_up(&launch, &socket, &mut newborn) {
+            Ok((connection, events, started_ms)) => {
+                let process = newborn.keep()?;
+                return Ok(Started {
+                    monitor: Arc::new(Monitor::new(process, connection, started_ms)),
+                    events,
+                });
+            }
+            Err(seen) => seen,
+        };
+        // A monitor that ended by itself says more than the connection that it left.
+        let death = newborn.end().map(|(pid, how)| MonitorDied {
+            vm: name.clone(),
+            pid,
+            how,
+        });
+        if let Err(more) = remove_file(&socket) {
+            task.saw(more);
+        }
+        let said = spawn::last_words(&log).map(|lines| MonitorSaid {
+            path: crate::config::show(&log),
+            lines,
+        });
+        Err(seen
+            .because_all(death.map(Observation::from))
+            .because_all(said.map(Observation::from)))
+    }
+
+    /// From hello to the running guest.
+    fn bring_up(
+        &self,
+        launch: &Launch,
+        socket: &Path,
+        newborn: &mut Newborn,
+    ) -> Result<(Connection, Receiver<Incoming>, u64)> {
+        let (connection, greeting, events) = Connection::open(socket)?;
+        let process = newborn.hold(&greeting)?;
+        let configure = Request::Configure(Box::new(launch.config.clone()));
+        connection.call("configure", configure, &launch.fds(), CONFIGURE_PATIENCE)?;
+        connection.call("start", Request::Start, &[], QUICK)?;
+        let started_ms = now_ms();
+        self.inventory
+            .vm_running(&launch.config.vm, process.identity(), started_ms)?;
+        Ok((connection, events, started_ms))
+    }
+
+    /// Refuses while the monitor of the inventory's record lives although nobody can reach it.
+    pub(super) fn refuse_living_monitor(&self, record: &VmRecord) -> Result<()> {
+        let living = record
+            .process
+            .and_then(|(pid, started)| Process::find(pid, started));
+        match living {
+            Some(process) => Err(MonitorUnreachable {
+                vm: record.name.clone(),
+                pid: process.pid(),
+            }
+            .into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Stops a VM and waits until its monitor has ended.
+    ///
+    /// # Errors
+    /// [`StopFailed`]; after [`StopTimedOut`] the VM keeps running.
+    pub fn stop(self: &Arc<Self>, name: &str, how: &StopVm) -> Result<Vm> {
+        let cell = self.cell(name)?;
+        let failed = || StopFailed {
+            vm: name.to_owned(),
+        };
+        task(format!("stop VM '{name}'"), failed, |task| {
+            let Some(monitor) = self.ask_to_stop(&cell, how)? else {
+                return Ok(());
+            };
+            if how.force {
+                self.force(&cell, &monitor, task);
+                return Ok(());
+            }
+            self.wait_for_guest(&cell, &monitor, how)
+        })?;
+        self.vm(name)
+    }
+
+    /// The begin of a stop; `None` if there is no monitor to wait for.
+    fn ask_to_stop(&self, cell: &Cell, how: &StopVm) -> Result<Option<Arc<Monitor>>> {
+        let name = cell.name.as_str();
+        let _operation = guard(&cell.operation);
+        let monitor = cell.change(|live| {
+            if live.state == VmState::Starting && live.monitor.is_none() {
+                // Between the reset of a guest and its new start: there is nothing to ask.
+                live.state = VmState::Stopped;
+                return Ok(None);
+            }
+            let monitor = live.running(name, "it does not run, so there is nothing to stop")?;
+            live.state = VmState::Stopping;
+            live.stop_asked = true;
+            Ok::<_, Observation>(Some(monitor))
+        })?;
+        let Some(monitor) = monitor else {
+            return Ok(None);
+        };
+        let asked = if how.force {
+            // Answered or not: the end is waited for.
+            Ok(())
+        } else {
+            press_button(&monitor)
+        };
+        if asked.is_err() {
+            keeps_running(cell, &monitor);
+        }
+        asked.map(|()| Some(monitor))
+    }
+
+    fn wait_for_guest(&self, cell: &Cell, monitor: &Arc<Monitor>, how: &StopVm) -> Result<()> {
+        let patience = how.timeout_s.map_or(STOP_PATIENCE, Duration::from_secs);
+        let mut left = patience;
+        while !left.is_zero() {
+            let now = left.min(BUTTON_INTERVAL);
+            if cell.wait_for_end(monitor, now) {
+                return Ok(());
+            }
+            left -= now;
+            if !left.is_zero() {
+                // A monitor that is about to end may not answer any more.
+                let _ = press_button(monitor);
+            }
+        }
+        keeps_running(cell, monitor);
+        Err(StopTimedOut {
+            vm: cell.name.clone(),
+            seconds: patience.as_secs(),
+        }
+        .into())
+    }
+
+    fn force(&self, cell: &Cell, monitor: &Arc<Monitor>, task: &mut Task) {
+        let asked = monitor
+            .connection()
+            .call("stop", Request::Stop, &[], FORCE_PATIENCE);
+        let reason = match asked {
+            // A monitor may well end before its reply has left.
+            Ok(_) => "it did not end after it had been asked to stop",
+            Err(seen) => {
+                task.saw(seen);
+                "it did not answer the request to stop"
+            }
+        };
+        if cell.wait_for_end(monitor, FORCE_PATIENCE) {
+            return;
+        }
+        task.saw(MonitorKilled {
+            vm: cell.name.clone(),
+            pid: monitor.process.pid(),
+            reason: reason.to_owned(),
+        });
+        monitor.process.kill();
+        cell.wait_for_end(monitor, FORCE_PATIENCE);
+    }
+}
+
+fn press_button(monitor: &Monitor) -> Result<()> {
+    monitor
+        .connection()
+        .call("press the power button", Request::PowerButton, &[], QUICK)
+        .map(drop)
+}
+
+/// A stop came to nothing: the VM is what it was.
+fn keeps_running(cell: &Cell, monitor: &Arc<Monitor>) {
+    cell.change(|live| {
+        let ours = live
+            .monitor
+            .as_ref()
+            .is_some_and(|of| Arc::ptr_eq(of, monitor));
+        if ours && live.state == VmState::Stopping {
+            live.state = VmState::Running;
+            live.stop_asked = false;
+        }
+    });
+}
+
+/// How long a monitor that failed is given to end by itself, so that it can be told how it did.
+const OWN_END_PATIENCE: Duration = Duration::from_millis(500);
+
+/// A monitor's process before its guest runs: ended if anything fails.
+enum Newborn {
+    /// What was started.
+    Child(Child),
+    /// The process that answered the hello.
+    Held(Process),
+    /// It is the VM's now.
+    Gone,
+}
+
+impl Newborn {
+    /// Holds the process that answered the hello: the child itself, or its child if a jail put a
+    /// process between.
+    fn hold(&mut self, greeting: &Greeting) -> Result<&Process> {
+        let gone = || crate::observations::MonitorLost {
+            request: "hello".to_owned(),
+        };
+        if let Self::Child(child) = std::mem::replace(self, Self::Gone) {
+            let pid = greeting.pid.unwrap_or_else(|| child.id());
+            *self = Self::Held(Process::hold(pid, Some(child)).because_of(gone)?);
+        }
+        match self {
+            Self::Held(process) => Ok(process),
+            Self::Child(_) | Self::Gone => Err(gone().into()),
+        }
+    }
+
+    fn keep(mut self) -> Result<Process> {
+        match std::mem::replace(&mut self, Self::Gone) {
+            Self::Held(process) => Ok(process),
+            Self::Child(_) | Self::Gone => Err(crate::observations::Internal {
+                what: "a monitor runs that nobody holds".to_owned(),
+            }
+            .into()),
+        }
+    }
+
+    /// Ends it; tells how it ended if it did so by itself.
+    fn end(mut self) -> Option<(u32, String)> {
+        let process = match std::mem::replace(&mut self, Self::Gone) {
+            Self::Held(process) => process,
+            Self::Child(child) => {
+                let pid = child.id();
+                Process::hold(pid, Some(child)).map_err(note).ok()?
+            }
+            Self::Gone => return None,
+        };
+        let by_itself = process.wait(OWN_END_PATIENCE);
+        if !by_itself {
+            process.kill();
+            process.wait(QUICK);
+        }
+        let how = process.how_it_ended()?;
+        by_itself.then(|| (process.pid(), how))
+    }
+}

@@ -1,0 +1,347 @@
+//! The begin of a migration, its progress, its cancelling.
+//!
+//! Everything that can be refused is refused before a byte is copied. Then, in this order: the job
+//! is recorded, so that a daemon that dies from here on knows what to clear up; the destination and
+//! the journal are created and synced; the destination's inode is recorded; the monitor is told.
+//! What follows is in `commit`.
+
+use std::fs::OpenOptions;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use strake_api::control::{FdIndex, Reply, Request};
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::rest::{Job, MigrateDisk};
+use strake_observe::{Because, OsContext, Result};
+
+use super::commit::{journal_path, remove_destination};
+use super::live::{Cell, Monitor};
+use super::{Host, guard, note, task};
+use crate::config::show;
+use crate::crash;
+use crate::inventory::{DiskRecord, JobRecord, JobState, NewJob};
+use crate::observations::{
+    DestinationExists, ImageNotCreated, ImageRefused, JobNotActive, MigrationRefused,
+    MonitorRefused, NoSuchDisk, RequestRefused, SameDatastore,
+};
+use crate::storage::image;
+use crate::storage::store;
+
+/// How long a monitor may take to accept a job.
+const ACCEPT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a look at a job waits for the monitor.
+const LOOK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The longest pause that may be asked for: guests give up on their disks after 30 s.
+const MAX_PAUSE_MS: u64 = 20_000;
+
+/// What a job writes to.
+struct Files {
+    destination: OwnedFd,
+    journal: OwnedFd,
+    inode: u64,
+}
+
+impl Host {
+    /// Begins to migrate a disk of a VM that runs.
+    ///
+    /// # Errors
+    /// [`MigrationRefused`], with the reason; nothing was copied and nothing is left behind then.
+    pub fn migrate(&self, vm: &str, disk: &str, request: &MigrateDisk) -> Result<Job> {
+        let cell = self.cell(vm)?;
+        let refused = || MigrationRefused {
+            vm: vm.to_owned(),
+            disk: disk.to_owned(),
+            to: request.to.clone(),
+        };
+        let doing = format!("migrate disk '{disk}' of VM '{vm}'");
+        let id = task(doing, refused, |_| {
+            let _operation = guard(&cell.operation);
+            let new = self.plan(vm, disk, request)?;
+            let advice = "start the VM first: a disk is migrated while its VM runs";
+            let monitor = cell.live().running(vm, advice)?;
+            self.begin(&cell, &monitor, &new)
+        })?;
+        self.job(&id)
+    }
+
+    /// Decides everything, changes nothing.
+    fn plan(&self, vm: &str, disk: &str, request: &MigrateDisk) -> Result<NewJob> {
+        check_limits(&request.limits)?;
+        let record = self.inventory.vm(vm)?;
+        let Some(bound) = record.disks.iter().find(|of| of.name == disk) else {
+            let has: Vec<_> = record.disks.iter().map(|of| of.name.as_str()).collect();
+            return Err(NoSuchDisk {
+                vm: vm.to_owned(),
+                disk: disk.to_owned(),
+                has: has.join(", "),
+            }
+            .into());
+        };
+        let to = self.inventory.datastore(&request.to)?;
+        if bound.datastore.as_deref() == Some(to.name.as_str()) {
+            return Err(SameDatastore {
+                disk: disk.to_owned(),
+                datastore: to.name,
+            }
+            .into());
+        }
+        let looks = image::look(&bound.image)?.ok_or_else(|| ImageRefused {
+            path: show(&bound.image),
+            reason: "there is no such file any more".to_owned(),
+            advice: "restore its name: the VM still has it open".to_owned(),
+        })?;
+        let destination = to.path.join(file_name(vm, bound, looks.regular));
+        store::room(&to.name, &to.path)?;
+        refuse_existing(&destination)?;
+        store::require_room(&to.name, &to.path, looks.allocated)?;
+        Ok(NewJob {
+            vm: vm.to_owned(),
+            disk: disk.to_owned(),
+            size: looks.size,
+            source: bound.image.clone(),
+            destination,
+            to: to.name,
+            limits: request.limits.clone(),
+            remove_source: request.remove_source,
+        })
+    }
+
+    fn begin(&self, cell: &Cell, monitor: &Monitor, new: &NewJob) -> Result<JobId> {
+        let _jobs = guard(&cell.jobs);
+        let job = {
+            let _placing = guard(&self.placing);
+            self.inventory.reserve_job(new)?
+        };
+        crash::point("after-job-reserved");
+        let begun = create_files(new).and_then(|files| {
+            crash::point("after-destination-created");
+            self.inventory.job_running(&job.id, files.inode)?;
+            crash::point("after-job-recorded");
+            self.hand_over(monitor, &job, &files)
+        });
+        match begun {
+            Ok(()) => {
+                crash::point("after-job-accepted");
+                Ok(job.id)
+            }
+            Err(seen) => {
+                self.take_back(&job);
+                Err(seen)
+            }
+        }
+    }
+
+    /// Tells the monitor. If it is not known whether the monitor has heard, the job stands: the
+    /// supervisor settles it, either with the monitor on a new connection or without it.
+    fn hand_over(&self, monitor: &Monitor, job: &JobRecord, files: &Files) -> Result<()> {
+        let request = Request::MigrateDisk {
+            job: job.id.clone(),
+            disk: job.disk.clone(),
+            destination: FdIndex(0),
+            destination_path: show(&job.destination),
+            journal: FdIndex(1),
+            limits: job.limits.clone(),
+        };
+        let fds = [files.destination.as_fd(), files.journal.as_fd()];
+        let connection = monitor.connection();
+        match connection.call("migrate a disk", request, &fds, ACCEPT_PATIENCE) {
+            Ok(_) => Ok(()),
+            Err(seen) if seen.is::<MonitorRefused>() => Err(seen),
+            Err(seen) => {
+                note(seen);
+                connection.close();
+                Ok(())
+            }
+        }
+    }
+
+    /// A job that the monitor never had: as if it had never been.
+    fn take_back(&self, job: &JobRecord) {
+        // Read again: whether the destination is the job's is known by what was recorded last.
+        let job = self.inventory.job(&job.id).unwrap_or_else(|_| job.clone());
+        let removed = [
+            remove_destination(&job),
+            store::remove_file(&journal_path(&job.destination)),
+            self.inventory.drop_job(&job.id),
+        ];
+        removed.into_iter().filter_map(Result::err).for_each(note);
+    }
+
+    /// All jobs, the newest last.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn jobs(&self) -> Result<Vec<Job>> {
+        let jobs = self.inventory.jobs()?;
+        Ok(jobs.into_iter().map(|job| self.job_view(job)).collect())
+    }
+
+    /// One job, with the monitor's progress while it runs.
+    ///
+    /// # Errors
+    /// No such job, or the inventory cannot be read.
+    pub fn job(&self, id: &JobId) -> Result<Job> {
+        Ok(self.job_view(self.inventory.job(id)?))
+    }
+
+    fn job_view(&self, record: JobRecord) -> Job {
+        let status = match record.state {
+            JobState::Ended => record.status,
+            _ => self.live_status(&record).unwrap_or(record.status),
+        };
+        Job {
+            vm: record.vm,
+            source: show(&record.source),
+            destination: show(&record.destination),
+            to: record.to,
+            status,
+        }
+    }
+
+    /// The monitor's status. It is final only once the inventory says so too: until then there
+    /// are still files to be removed.
+    fn live_status(&self, record: &JobRecord) -> Option<MigrationStatus> {
+        let monitor = self.existing_cell(&record.vm)?.live().monitor.clone()?;
+        let request = Request::JobStatus {
+            job: record.id.clone(),
+        };
+        let reply = monitor
+            .connection()
+            .call("job status", request, &[], LOOK_PATIENCE);
+        let Ok(Reply::Job(mut status)) = reply else {
+            return None;
+        };
+        if status.phase.is_final() {
+            match self.inventory.job(&record.id) {
+                Ok(job) if job.state == JobState::Ended => return Some(job.status),
+                _ => {
+                    status.phase = match status.phase {
+                        Phase::Completed => Phase::AwaitingCommit,
+                        _ => Phase::Copying,
+                    };
+                    status.failure = None;
+                }
+            }
+        }
+        Some(status)
+    }
+
+    /// Asks the monitor to end a job; the disk stays on its source.
+    ///
+    /// # Errors
+    /// No such job; [`JobNotActive`] if it is over or beyond cancelling.
+    pub fn cancel_job(&self, id: &JobId) -> Result<Job> {
+        let record = self.inventory.job(id)?;
+        let not_active = |phase: &str| JobNotActive {
+            job: id.to_string(),
+            phase: phase.to_owned(),
+        };
+        if record.state == JobState::Ended {
+            let phase = match record.status.phase {
+                Phase::Completed => "completed",
+                Phase::Cancelled => "cancelled",
+                _ => "failed",
+            };
+            return Err(not_active(phase).into());
+        }
+        if record.state == JobState::Committed {
+            return Err(not_active("committed").into());
+        }
+        let monitor = self
+            .existing_cell(&record.vm)
+            .and_then(|cell| cell.live().monitor.clone());
+        let Some(monitor) = monitor else {
+            return Err(not_active("without a monitor and about to end").into());
+        };
+        let request = Request::CancelJob { job: id.clone() };
+        monitor
+            .connection()
+            .call("cancel a job", request, &[], LOOK_PATIENCE)
+            .because_of(|| not_active("not to be cancelled now"))?;
+        self.job(id)
+    }
+}
+
+fn check_limits(limits: &MigrationLimits) -> Result<()> {
+    let refused = |reason: &str, advice: &str| {
+        Err(RequestRefused {
+            reason: reason.to_owned(),
+            advice: advice.to_owned(),
+        }
+        .into())
+    };
+    if limits.pause_ms == 0 || limits.pause_ms > MAX_PAUSE_MS {
+        return refused(
+            "the allowed pause is out of range",
+            "allow 1 to 20000 milliseconds; guests give up on their disks after 30 s",
+        );
+    }
+    if limits.max_passes == 0 {
+        return refused("a migration needs a pass", "allow at least one pass");
+    }
+    if limits.bytes_per_second == Some(0) {
+        return refused(
+            "at 0 bytes per second it would never end",
+            "give a rate, or none for no limit",
+        );
+    }
+    Ok(())
+}
+
+/// The file keeps its name; what was a block device gets one.
+fn file_name(vm: &str, disk: &DiskRecord, regular: bool) -> PathBuf {
+    match disk.image.file_name() {
+        Some(name) if regular => PathBuf::from(name),
+        _ => PathBuf::from(format!("{vm}-{}.raw", disk.name)),
+    }
+}
+
+fn refuse_existing(path: &Path) -> Result<()> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error).os("stat", path.display()),
+        Ok(_) => Err(DestinationExists {
+            path: show(path),
+            user: "perhaps the source of an earlier migration".to_owned(),
+        }
+        .into()),
+    }
+}
+
+fn create_files(new: &NewJob) -> Result<Files> {
+    let destination = image::create(&new.destination, new.size)?;
+    let guard = image::Created::new(new.destination.clone());
+    let inode = std::fs::symlink_metadata(&new.destination)
+        .os("stat", new.destination.display())?
+        .ino();
+    let path = journal_path(&new.destination);
+    let not_created = || ImageNotCreated {
+        path: show(&path),
+        size: 0,
+    };
+    // The name is this job's alone: what is there was left by a job long gone.
+    store::remove_file(&path).because_of(not_created)?;
+    let journal = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .os("open", path.display())
+        .because_of(not_created)?;
+    let journal_guard = image::Created::new(path.clone());
+    if let Some(directory) = path.parent() {
+        store::sync(directory).because_of(not_created)?;
+    }
+    journal_guard.keep();
+    guard.keep();
+    Ok(Files {
+        destination,
+        journal: journal.into(),
+        inode,
+    })
+}

@@ -1,0 +1,421 @@
+//! Migration jobs in the inventory, and the transaction that moves a binding.
+//!
+//! ```text
+//! preparing ──► running ──► committed ──► ended (completed)
+//!     │            │
+//!     └────────────┴──► aborted ──► ended (failed or cancelled)
+//! ```
+//!
+//! `preparing`: the destination's name is taken; its file may exist. `running`: the file is the
+//! job's (its inode is recorded), and the monitor was or is about to be told. `committed`: the
+//! binding names the destination; the source and the journal may still have to be removed.
+//! `aborted`: it was decided that the binding stays; the destination must be removed.
+
+use std::path::PathBuf;
+
+use rusqlite::{Connection, Row, params};
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase};
+use strake_observe::{Observation, Result};
+
+use super::vms::{text, users_of_image};
+use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
+use crate::observations::{CommitFailed, DestinationExists, DiskBusy, InventoryCorrupt, NoSuchJob};
+
+/// Ended jobs that are kept for those who ask later.
+const KEPT: u32 = 200;
+
+/// Where the inventory is with a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobState {
+    /// The destination's name is taken.
+    Preparing,
+    /// The destination exists and is the job's.
+    Running,
+    /// The binding names the destination.
+    Committed,
+    /// The binding stays; the destination must go.
+    Aborted,
+    /// Nothing is left to do.
+    Ended,
+}
+
+impl JobState {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Preparing => "preparing",
+            Self::Running => "running",
+            Self::Committed => "committed",
+            Self::Aborted => "aborted",
+            Self::Ended => "ended",
+        }
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        [
+            Self::Preparing,
+            Self::Running,
+            Self::Committed,
+            Self::Aborted,
+            Self::Ended,
+        ]
+        .into_iter()
+        .find(|state| state.name() == name)
+    }
+}
+
+/// A job.
+#[derive(Debug, Clone)]
+pub struct JobRecord {
+    /// Its name.
+    pub id: JobId,
+    /// The VM.
+    pub vm: String,
+    /// The disk's name in the spec.
+    pub disk: String,
+    /// The image that it copies from.
+    pub source: PathBuf,
+    /// The image that it copies to.
+    pub destination: PathBuf,
+    /// The destination's datastore.
+    pub to: String,
+    /// Its limits.
+    pub limits: MigrationLimits,
+    /// Whether the source goes once the destination is authoritative.
+    pub remove_source: bool,
+    /// Where the inventory is with it.
+    pub state: JobState,
+    /// The destination's inode, once it was created.
+    pub inode: Option<u64>,
+    /// The last status that was recorded.
+    pub status: MigrationStatus,
+}
+
+/// A job to be.
+#[derive(Debug, Clone)]
+pub struct NewJob {
+    /// The VM.
+    pub vm: String,
+    /// The disk's name in the spec.
+    pub disk: String,
+    /// The disk's size.
+    pub size: u64,
+    /// The image that it copies from.
+    pub source: PathBuf,
+    /// The image that it copies to.
+    pub destination: PathBuf,
+    /// The destination's datastore.
+    pub to: String,
+    /// Its limits.
+    pub limits: MigrationLimits,
+    /// Whether the source goes once the destination is authoritative.
+    pub remove_source: bool,
+}
+
+impl Inventory {
+    /// All jobs, the newest last.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn jobs(&self) -> Result<Vec<JobRecord>> {
+        self.read("list the jobs", |db| select(db, "ORDER BY seq", []))
+    }
+
+    /// The jobs of a VM that have not ended.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn active_jobs(&self, vm: &str) -> Result<Vec<JobRecord>> {
+        self.read("list the jobs of a VM", |db| {
+            select(db, "WHERE vm = ?1 AND state <> 'ended' ORDER BY seq", [vm])
+        })
+    }
+
+    /// One job.
+    ///
+    /// # Errors
+    /// [`NoSuchJob`], or the inventory cannot be read.
+    pub fn job(&self, id: &JobId) -> Result<JobRecord> {
+        self.read("read a job", |db| find(db, id))
+    }
+
+    /// Takes the destination's name and the disk for a new job.
+    ///
+    /// # Errors
+    /// [`DiskBusy`] or [`DestinationExists`].
+    pub fn reserve_job(&self, new: &NewJob) -> Result<JobRecord> {
+        let limits = to_json("a job's limits", &new.limits)?;
+        self.write("record a job", |tx| {
+            let busy = select(
+                tx,
+                "WHERE vm = ?1 AND disk = ?2 AND state <> 'ended'",
+                [&new.vm, &new.disk],
+            )?;
+            if let Some(other) = busy.into_iter().next() {
+                return Err(Observation::from(DiskBusy {
+                    disk: new.disk.clone(),
+                    job: other.id.to_string(),
+                })
+                .into());
+            }
+            let destination = text(&new.destination)?;
+            let by_job = select(
+                tx,
+                "WHERE destination = ?1 AND state <> 'ended'",
+                [destination],
+            )?
+            .into_iter()
+            .map(|job| format!("the destination of job {}", job.id));
+            let by_vm = users_of_image(tx, &new.destination)?
+                .into_iter()
+                .map(|(vm, disk)| format!("disk '{}' of VM '{vm}'", disk.name));
+            if let Some(user) = by_job.chain(by_vm).next() {
+                return Err(Observation::from(DestinationExists {
+                    path: destination.to_owned(),
+                    user,
+                })
+                .into());
+            }
+            let status = |id: JobId| MigrationStatus {
+                job: id,
+                disk: new.disk.clone(),
+                phase: Phase::Preparing,
+                size_bytes: new.size,
+                passes: Vec::<PassReport>::new(),
+                throughput: 0,
+                expected_pause_ms: None,
+                pause_ms: None,
+                elapsed_ms: 0,
+                failure: None,
+            };
+            tx.execute(
+                "INSERT INTO jobs (vm, disk, source, destination, datastore, limits,
+                     remove_source, state, status)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'preparing', '')",
+                params![
+                    new.vm,
+                    new.disk,
+                    text(&new.source)?,
+                    destination,
+                    new.to,
+                    limits,
+                    new.remove_source
+                ],
+            )?;
+            let seq = tx.last_insert_rowid();
+            let status = to_json("a job's status", &status(name(seq)))?;
+            tx.execute(
+                "UPDATE jobs SET status = ?2 WHERE seq = ?1",
+                params![seq, status],
+            )?;
+            tx.execute(
+                "DELETE FROM jobs WHERE state = 'ended' AND seq NOT IN
+                     (SELECT seq FROM jobs WHERE state = 'ended' ORDER BY seq DESC LIMIT ?1)",
+                [KEPT],
+            )?;
+            find(tx, &name(seq))
+        })
+    }
+
+    /// Notes that the destination was created and is this file.
+    ///
+    /// # Errors
+    /// The inventory cannot be written.
+    pub fn job_running(&self, id: &JobId, inode: u64) -> Result<()> {
+        self.write("record a job's destination", |tx| {
+            step(tx, id, &[JobState::Preparing], JobState::Running)?;
+            tx.execute(
+                "UPDATE jobs SET inode = ?2 WHERE seq = ?1",
+                params![number(id), to_sql(inode)],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Forgets a job that never began.
+    ///
+    /// # Errors
+    /// The inventory cannot be written.
+    pub fn drop_job(&self, id: &JobId) -> Result<()> {
+        self.write("forget a job", |tx| {
+            tx.execute(
+                "DELETE FROM jobs WHERE seq = ?1 AND state IN ('preparing', 'running')",
+                params![number(id)],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// The commit: the binding names the destination from the moment this returns `Ok`.
+    ///
+    /// # Errors
+    /// [`CommitFailed`]. Whether the transaction reached the disk is then not known until the next
+    /// one has: see [`Inventory::abort_job`].
+    pub fn commit_job(&self, id: &JobId) -> Result<()> {
+        self.write("commit a job", |tx| {
+            let job = step(tx, id, &[JobState::Running], JobState::Committed)?;
+            let moved = tx.execute(
+                "UPDATE disks SET image = ?4, datastore = ?5, created = 1
+                     WHERE vm = ?1 AND name = ?2 AND image = ?3",
+                params![
+                    job.vm,
+                    job.disk,
+                    text(&job.source)?,
+                    text(&job.destination)?,
+                    job.to
+                ],
+            )?;
+            tx.execute(
+                "UPDATE vms SET revision = revision + 1 WHERE name = ?1",
+                [&job.vm],
+            )?;
+            match moved {
+                1 => Ok(()),
+                _ => Err(corrupt(id, "its disk is not bound to its source").into()),
+            }
+        })
+        .map_err(|seen| {
+            Observation::from(CommitFailed {
+                job: id.to_string(),
+            })
+            .because(seen)
+        })
+    }
+
+    /// Decides that the binding stays. Once this returns `Ok`, no earlier attempt to commit can
+    /// come back: it overwrites what such an attempt may have left in the write-ahead log.
+    ///
+    /// # Errors
+    /// The inventory cannot be written, or the job is already committed.
+    pub fn abort_job(&self, id: &JobId) -> Result<()> {
+        self.write("abort a job", |tx| {
+            step(
+                tx,
+                id,
+                &[JobState::Preparing, JobState::Running, JobState::Aborted],
+                JobState::Aborted,
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Records how a job ended; nothing is left to do for it.
+    ///
+    /// # Errors
+    /// The inventory cannot be written.
+    pub fn end_job(&self, id: &JobId, status: &MigrationStatus) -> Result<()> {
+        let status = to_json("a job's status", status)?;
+        self.write("record the end of a job", |tx| {
+            tx.execute(
+                "UPDATE jobs SET state = 'ended', status = ?2 WHERE seq = ?1",
+                params![number(id), status],
+            )?;
+            Ok(())
+        })
+    }
+}
+
+/// Moves a job from one of `from` to `to`.
+fn step(db: &Connection, id: &JobId, from: &[JobState], to: JobState) -> Attempt<JobRecord> {
+    let job = find(db, id)?;
+    if !from.contains(&job.state) {
+        let reason = format!("it is {}, and cannot be {}", job.state.name(), to.name());
+        return Err(corrupt(id, &reason).into());
+    }
+    db.execute(
+        "UPDATE jobs SET state = ?2 WHERE seq = ?1",
+        params![number(id), to.name()],
+    )?;
+    Ok(job)
+}
+
+fn corrupt(id: &JobId, reason: &str) -> Observation {
+    InventoryCorrupt {
+        record: format!("job {id}"),
+        reason: reason.to_owned(),
+    }
+    .into()
+}
+
+fn name(seq: i64) -> JobId {
+    JobId(format!("job-{seq}"))
+}
+
+/// The row of a job; one that no row has for a name that no job has.
+fn number(id: &JobId) -> i64 {
+    id.0.strip_prefix("job-")
+        .and_then(|digits| digits.parse().ok())
+        .unwrap_or(-1)
+}
+
+fn find(db: &Connection, id: &JobId) -> Attempt<JobRecord> {
+    select(db, "WHERE seq = ?1", [number(id)])?
+        .into_iter()
+        .next()
+        .ok_or_else(|| {
+            Observation::from(NoSuchJob {
+                job: id.to_string(),
+            })
+            .into()
+        })
+}
+
+/// The columns of a job as SQLite has them.
+struct Raw {
+    seq: i64,
+    vm: String,
+    disk: String,
+    source: String,
+    destination: String,
+    to: String,
+    limits: String,
+    remove_source: bool,
+    state: String,
+    inode: Option<i64>,
+    status: String,
+}
+
+fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
+    Ok(Raw {
+        seq: row.get(0)?,
+        vm: row.get(1)?,
+        disk: row.get(2)?,
+        source: row.get(3)?,
+        destination: row.get(4)?,
+        to: row.get(5)?,
+        limits: row.get(6)?,
+        remove_source: row.get(7)?,
+        state: row.get(8)?,
+        inode: row.get(9)?,
+        status: row.get(10)?,
+    })
+}
+
+fn select(db: &Connection, rest: &str, values: impl rusqlite::Params) -> Attempt<Vec<JobRecord>> {
+    let mut statement = db.prepare(&format!(
+        "SELECT seq, vm, disk, source, destination, datastore, limits, remove_source, state,
+             inode, status FROM jobs {rest}"
+    ))?;
+    let rows = statement
+        .query_map(values, raw)?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    rows.into_iter().map(|raw| Ok(job(raw)?)).collect()
+}
+
+fn job(raw: Raw) -> Result<JobRecord> {
+    let id = name(raw.seq);
+    let record = format!("job {id}");
+    Ok(JobRecord {
+        vm: raw.vm,
+        disk: raw.disk,
+        source: PathBuf::from(raw.source),
+        destination: PathBuf::from(raw.destination),
+        to: raw.to,
+        limits: from_json(&record, &raw.limits)?,
+        remove_source: raw.remove_source,
+        state: JobState::parse(&raw.state)
+            .ok_or_else(|| corrupt(&id, &format!("its state is '{}'", raw.state)))?,
+        inode: raw.inode.map(from_sql),
+        status: from_json(&record, &raw.status)?,
+        id,
+    })
+}

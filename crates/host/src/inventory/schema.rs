@@ -1,0 +1,90 @@
+//! The schema and its versions. A version, once released, never changes: a new one is added.
+
+use rusqlite::Transaction;
+
+use super::Attempt;
+use crate::observations::InventoryTooNew;
+
+/// Each brings the schema from its index to the next version.
+const STEPS: &[&str] = &["
+    CREATE TABLE datastores (
+        name TEXT PRIMARY KEY,
+        path TEXT NOT NULL UNIQUE
+    ) STRICT;
+
+    CREATE TABLE vms (
+        name TEXT PRIMARY KEY,
+        revision INTEGER NOT NULL,
+        spec TEXT NOT NULL,
+        state TEXT NOT NULL,
+        last_exit TEXT,
+        pid INTEGER,
+        pid_start INTEGER,
+        started_ms INTEGER
+    ) STRICT;
+
+    CREATE TABLE disks (
+        vm TEXT NOT NULL REFERENCES vms(name) ON DELETE CASCADE,
+        name TEXT NOT NULL,
+        position INTEGER NOT NULL,
+        slot INTEGER NOT NULL,
+        image TEXT NOT NULL,
+        datastore TEXT REFERENCES datastores(name),
+        size INTEGER NOT NULL,
+        read_only INTEGER NOT NULL,
+        created INTEGER NOT NULL,
+        PRIMARY KEY (vm, name),
+        UNIQUE (vm, slot)
+    ) STRICT;
+    CREATE INDEX disks_by_image ON disks(image);
+
+    CREATE TABLE nics (
+        vm TEXT NOT NULL REFERENCES vms(name) ON DELETE CASCADE,
+        name TEXT NOT NULL,
+        position INTEGER NOT NULL,
+        slot INTEGER NOT NULL,
+        tap TEXT NOT NULL UNIQUE,
+        bridge TEXT,
+        mac TEXT NOT NULL UNIQUE,
+        PRIMARY KEY (vm, name),
+        UNIQUE (vm, slot)
+    ) STRICT;
+
+    CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        vm TEXT NOT NULL,
+        disk TEXT NOT NULL,
+        source TEXT NOT NULL,
+        destination TEXT NOT NULL,
+        datastore TEXT NOT NULL,
+        limits TEXT NOT NULL,
+        remove_source INTEGER NOT NULL,
+        state TEXT NOT NULL,
+        inode INTEGER,
+        status TEXT NOT NULL
+    ) STRICT;
+    -- At most one job that has not ended for each disk and for each destination.
+    CREATE UNIQUE INDEX active_jobs_by_disk ON jobs(vm, disk) WHERE state <> 'ended';
+    CREATE UNIQUE INDEX active_jobs_by_destination ON jobs(destination) WHERE state <> 'ended';
+"];
+
+pub(super) fn migrate(tx: &Transaction<'_>, path: &str) -> Attempt<()> {
+    let found: i64 = tx.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    let known = i64::try_from(STEPS.len()).unwrap_or(i64::MAX);
+    let Some(steps) = usize::try_from(found)
+        .ok()
+        .and_then(|from| STEPS.get(from..))
+    else {
+        return Err(strake_observe::Observation::from(InventoryTooNew {
+            path: path.to_owned(),
+            found,
+            known,
+        })
+        .into());
+    };
+    for step in steps {
+        tx.execute_batch(step)?;
+    }
+    tx.execute_batch(&format!("PRAGMA user_version = {known}"))?;
+    Ok(())
+}

@@ -1,0 +1,239 @@
+//! The inventory's promises, against a real database.
+
+use std::path::{Path, PathBuf};
+
+use strake_api::job::{JobId, MigrationLimits, Phase};
+use strake_api::spec::VmSpec;
+
+use super::*;
+
+fn spec() -> VmSpec {
+    VmSpec::from_toml(
+        "cpus = 1\nmemory = \"64M\"\nboot = { from = \"kernel\", kernel = \"/k\" }\n",
+        "test",
+    )
+    .unwrap()
+}
+
+fn disk(image: &str, datastore: Option<&str>) -> DiskRecord {
+    DiskRecord {
+        name: "root".into(),
+        slot: 4,
+        image: image.into(),
+        datastore: datastore.map(str::to_owned),
+        size: 4096,
+        read_only: false,
+        created: true,
+    }
+}
+
+fn nic() -> NicRecord {
+    NicRecord {
+        name: "net0".into(),
+        slot: 5,
+        tap: "tap0".into(),
+        bridge: None,
+        mac: "52:54:00:00:00:01".into(),
+    }
+}
+
+fn new_job() -> NewJob {
+    NewJob {
+        vm: "web1".into(),
+        disk: "root".into(),
+        size: 4096,
+        source: "/slow/root.raw".into(),
+        destination: "/fast/root.raw".into(),
+        to: "fast".into(),
+        limits: MigrationLimits::default(),
+        remove_source: true,
+    }
+}
+
+fn with_vm(path: &Path) -> Inventory {
+    let inventory = Inventory::open(path).unwrap();
+    inventory.add_datastore("slow", "/slow").unwrap();
+    inventory.add_datastore("fast", "/fast").unwrap();
+    let disks = [disk("/slow/root.raw", Some("slow"))];
+    inventory.add_vm("web1", &spec(), &disks, &[nic()]).unwrap();
+    inventory
+}
+
+#[test]
+fn records_survive_a_new_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("inventory.sqlite");
+    let inventory = with_vm(&path);
+    inventory.vm_running("web1", (77, 123_456), 99).unwrap();
+    drop(inventory);
+    let vm = Inventory::open(&path).unwrap().vm("web1").unwrap();
+    assert_eq!(vm.state, StoredState::Running);
+    assert_eq!(vm.process, Some((77, 123_456)));
+    assert_eq!(vm.spec, spec());
+    assert_eq!(vm.disks, [disk("/slow/root.raw", Some("slow"))]);
+    assert_eq!(vm.nics, [nic()]);
+    assert_eq!(vm.revision, 2);
+}
+
+#[test]
+fn a_newer_schema_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("inventory.sqlite");
+    rusqlite::Connection::open(&path)
+        .unwrap()
+        .execute_batch("PRAGMA user_version = 99")
+        .unwrap();
+    let seen = Inventory::open(&path).unwrap_err();
+    assert_eq!(seen.id(), "host.inventory-too-new");
+}
+
+#[test]
+fn something_that_is_no_database_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("inventory.sqlite");
+    std::fs::write(&path, vec![7u8; 8192]).unwrap();
+    let seen = Inventory::open(&path).unwrap_err();
+    assert_eq!(seen.id(), "host.inventory-failed");
+    assert!(seen.text().contains("inventory.sqlite"));
+}
+
+#[test]
+fn names_taps_and_addresses_are_taken_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = with_vm(&dir.path().join("i"));
+    let add = |name: &str, nic: NicRecord| {
+        inventory
+            .add_vm(name, &spec(), &[], &[nic])
+            .unwrap_err()
+            .id()
+            .to_owned()
+    };
+    assert_eq!(add("web1", nic()), "host.vm-exists");
+    assert_eq!(add("web2", nic()), "host.nic-conflict");
+    let other_tap = NicRecord {
+        tap: "tap1".into(),
+        ..nic()
+    };
+    assert_eq!(add("web2", other_tap), "host.nic-conflict");
+    // Nothing of the refused VM is left.
+    assert_eq!(inventory.vm("web2").unwrap_err().id(), "host.no-such-vm");
+    assert_eq!(
+        inventory.add_datastore("fast", "/x").unwrap_err().id(),
+        "host.datastore-exists"
+    );
+    assert_eq!(
+        inventory.add_datastore("x", "/fast").unwrap_err().id(),
+        "host.datastore-exists"
+    );
+}
+
+#[test]
+fn a_used_datastore_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = with_vm(&dir.path().join("i"));
+    let seen = inventory.remove_datastore("slow").unwrap_err();
+    assert!(seen.text().contains("disk 'root' of VM 'web1'"), "{seen}");
+    let job = inventory.reserve_job(&new_job()).unwrap();
+    let seen = inventory.remove_datastore("fast").unwrap_err();
+    assert!(seen.text().contains("job-1"), "{seen}");
+    inventory.drop_job(&job.id).unwrap();
+    inventory.remove_datastore("fast").unwrap();
+    inventory.remove_vm("web1").unwrap();
+    inventory.remove_datastore("slow").unwrap();
+    assert!(inventory.datastores().unwrap().is_empty());
+}
+
+#[test]
+fn the_commit_moves_binding_and_job_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("i");
+    let inventory = with_vm(&path);
+    let job = inventory.reserve_job(&new_job()).unwrap();
+    assert_eq!(job.state, JobState::Preparing);
+    assert_eq!(
+        inventory.reserve_job(&new_job()).unwrap_err().id(),
+        "host.disk-busy"
+    );
+    // Not before the destination is the job's.
+    assert!(inventory.commit_job(&job.id).is_err());
+    inventory.job_running(&job.id, 42).unwrap();
+    inventory.commit_job(&job.id).unwrap();
+    drop(inventory);
+    let inventory = Inventory::open(&path).unwrap();
+    let disk = &inventory.vm("web1").unwrap().disks[0];
+    assert_eq!(disk.image, PathBuf::from("/fast/root.raw"));
+    assert_eq!(disk.datastore.as_deref(), Some("fast"));
+    let mut job = inventory.job(&job.id).unwrap();
+    assert_eq!((job.state, job.inode), (JobState::Committed, Some(42)));
+    // A committed job can neither be committed again nor be undone nor be forgotten.
+    assert!(inventory.commit_job(&job.id).is_err());
+    assert!(inventory.abort_job(&job.id).is_err());
+    inventory.drop_job(&job.id).unwrap();
+    assert_eq!(inventory.active_jobs("web1").unwrap().len(), 1);
+    job.status.phase = Phase::Completed;
+    inventory.end_job(&job.id, &job.status).unwrap();
+    assert!(inventory.active_jobs("web1").unwrap().is_empty());
+    assert_eq!(
+        inventory.job(&job.id).unwrap().status.phase,
+        Phase::Completed
+    );
+}
+
+#[test]
+fn an_aborted_job_never_commits() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = with_vm(&dir.path().join("i"));
+    let job = inventory.reserve_job(&new_job()).unwrap();
+    inventory.job_running(&job.id, 1).unwrap();
+    inventory.abort_job(&job.id).unwrap();
+    inventory.abort_job(&job.id).unwrap();
+    let seen = inventory.commit_job(&job.id).unwrap_err();
+    assert_eq!(seen.id(), "host.commit-failed");
+    let disk = &inventory.vm("web1").unwrap().disks[0];
+    assert_eq!(disk.image, PathBuf::from("/slow/root.raw"));
+}
+
+#[test]
+fn a_commit_whose_disk_moved_meanwhile_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = with_vm(&dir.path().join("i"));
+    let job = inventory
+        .reserve_job(&NewJob {
+            source: "/elsewhere.raw".into(),
+            ..new_job()
+        })
+        .unwrap();
+    inventory.job_running(&job.id, 1).unwrap();
+    assert!(inventory.commit_job(&job.id).is_err());
+    assert_eq!(inventory.job(&job.id).unwrap().state, JobState::Running);
+}
+
+#[test]
+fn destinations_in_use_are_refused_and_names_are_not_reused() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = with_vm(&dir.path().join("i"));
+    let to_bound = NewJob {
+        destination: "/slow/root.raw".into(),
+        ..new_job()
+    };
+    let seen = inventory.reserve_job(&to_bound).unwrap_err();
+    assert_eq!(seen.id(), "host.destination-exists");
+    assert!(seen.text().contains("VM 'web1'"), "{seen}");
+    let first = inventory.reserve_job(&new_job()).unwrap();
+    let other_disk = NewJob {
+        disk: "data".into(),
+        ..new_job()
+    };
+    let seen = inventory.reserve_job(&other_disk).unwrap_err();
+    assert!(seen.text().contains("job-1"), "{seen}");
+    inventory.drop_job(&first.id).unwrap();
+    let second = inventory.reserve_job(&new_job()).unwrap();
+    assert_eq!(second.id, JobId("job-2".into()));
+    assert_eq!(
+        inventory.job(&first.id).unwrap_err().id(),
+        "host.no-such-job"
+    );
+    for odd in ["", "job-", "job-x", "job--1", "x"] {
+        assert!(inventory.job(&JobId(odd.into())).is_err());
+    }
+}

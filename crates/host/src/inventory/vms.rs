@@ -1,0 +1,386 @@
+//! VMs, their disks with the binding, and their interfaces in the inventory.
+
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use strake_api::control::ExitReason;
+use strake_api::spec::VmSpec;
+use strake_observe::{Observation, Result};
+
+use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
+use crate::observations::{InventoryCorrupt, NicConflict, NoSuchVm, VmExists};
+
+/// What the inventory remembers of a VM's state: what a daemon that comes back must look for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoredState {
+    /// No monitor.
+    Stopped,
+    /// A monitor may have been started; whether it was configured is not known.
+    Starting,
+    /// A monitor runs the guest.
+    Running,
+    /// The monitor ended by itself; `last_exit` says why.
+    Failed,
+}
+
+impl StoredState {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Stopped => "stopped",
+            Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Failed => "failed",
+        }
+    }
+
+    fn parse(name: &str) -> Option<Self> {
+        [Self::Stopped, Self::Starting, Self::Running, Self::Failed]
+            .into_iter()
+            .find(|state| state.name() == name)
+    }
+}
+
+/// A VM.
+#[derive(Debug, Clone)]
+pub struct VmRecord {
+    /// Its name.
+    pub name: String,
+    /// Grows with each change.
+    pub revision: u64,
+    /// What it is.
+    pub spec: VmSpec,
+    /// What was last known of it.
+    pub state: StoredState,
+    /// Why it last ended.
+    pub last_exit: Option<ExitReason>,
+    /// Its monitor's process and when that started, in clock ticks since boot.
+    pub process: Option<(u32, u64)>,
+    /// When the guest was started, in milliseconds since the epoch.
+    pub started_ms: Option<u64>,
+    /// Its disks, in the spec's order.
+    pub disks: Vec<DiskRecord>,
+    /// Its interfaces, in the spec's order.
+    pub nics: Vec<NicRecord>,
+}
+
+/// A disk and its binding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskRecord {
+    /// Its name in the spec.
+    pub name: String,
+    /// Its PCI slot.
+    pub slot: u8,
+    /// The binding: the image that holds its data.
+    pub image: PathBuf,
+    /// The datastore of that image.
+    pub datastore: Option<String>,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Whether the guest may not write.
+    pub read_only: bool,
+    /// Whether Strake created the image.
+    pub created: bool,
+}
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NicRecord {
+    /// Its name in the spec.
+    pub name: String,
+    /// Its PCI slot.
+    pub slot: u8,
+    /// Its tap device.
+    pub tap: String,
+    /// The bridge that the tap joins.
+    pub bridge: Option<String>,
+    /// Its MAC address, `aa:bb:cc:dd:ee:ff`.
+    pub mac: String,
+}
+
+impl Inventory {
+    /// All VMs, by name.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn vms(&self) -> Result<Vec<VmRecord>> {
+        self.read("list the VMs", |db| {
+            let mut statement = db.prepare("SELECT name FROM vms ORDER BY name")?;
+            let names = statement
+                .query_map([], |row| row.get::<_, String>(0))?
+                .collect::<rusqlite::Result<Vec<_>>>()?;
+            names.iter().map(|name| find(db, name)).collect()
+        })
+    }
+
+    /// One VM.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be read.
+    pub fn vm(&self, name: &str) -> Result<VmRecord> {
+        self.read("read a VM", |db| find(db, name))
+    }
+
+    /// Adds a VM that does not run.
+    ///
+    /// # Errors
+    /// [`VmExists`]; [`NicConflict`] if a tap or MAC address belongs to another VM.
+    pub fn add_vm(
+        &self,
+        name: &str,
+        spec: &VmSpec,
+        disks: &[DiskRecord],
+        nics: &[NicRecord],
+    ) -> Result<()> {
+        let spec = to_json(name, spec)?;
+        self.write("add a VM", |tx| {
+            if exists(tx, name)? {
+                return Err(Observation::from(VmExists {
+                    vm: name.to_owned(),
+                })
+                .into());
+            }
+            tx.execute(
+                "INSERT INTO vms (name, revision, spec, state) VALUES (?1, 1, ?2, 'stopped')",
+                params![name, spec],
+            )?;
+            for (position, disk) in disks.iter().enumerate() {
+                tx.execute(
+                    "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
+                         read_only, created) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+                    params![
+                        name,
+                        disk.name,
+                        to_sql(position as u64),
+                        disk.slot,
+                        text(&disk.image)?,
+                        disk.datastore,
+                        to_sql(disk.size),
+                        disk.read_only,
+                        disk.created,
+                    ],
+                )?;
+            }
+            for (position, nic) in nics.iter().enumerate() {
+                for (what, column, value) in
+                    [("tap", "tap", &nic.tap), ("MAC address", "mac", &nic.mac)]
+                {
+                    let owner = tx
+                        .query_row(
+                            &format!("SELECT vm FROM nics WHERE {column} = ?1"),
+                            [value],
+                            |row| row.get::<_, String>(0),
+                        )
+                        .optional()?;
+                    if let Some(vm) = owner {
+                        return Err(Observation::from(NicConflict {
+                            what: what.to_owned(),
+                            value: value.clone(),
+                            vm,
+                        })
+                        .into());
+                    }
+                }
+                tx.execute(
+                    "INSERT INTO nics (vm, name, position, slot, tap, bridge, mac)
+                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+                    params![
+                        name,
+                        nic.name,
+                        to_sql(position as u64),
+                        nic.slot,
+                        nic.tap,
+                        nic.bridge,
+                        nic.mac
+                    ],
+                )?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Removes a VM's record, and with it those of its disks and interfaces.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn remove_vm(&self, name: &str) -> Result<()> {
+        self.write("remove a VM", |tx| {
+            if tx.execute("DELETE FROM vms WHERE name = ?1", [name])? == 0 {
+                return Err(missing(name).into());
+            }
+            Ok(())
+        })
+    }
+
+    /// Notes that a monitor is about to be started.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_starting(&self, name: &str) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, state = 'starting', pid = NULL,
+                 pid_start = NULL, started_ms = NULL WHERE name = ?1",
+            params![name],
+        )
+    }
+
+    /// Notes that the guest runs in this process.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_running(&self, name: &str, process: (u32, u64), started_ms: u64) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, state = 'running', pid = ?2,
+                 pid_start = ?3, started_ms = ?4 WHERE name = ?1",
+            params![name, process.0, to_sql(process.1), to_sql(started_ms)],
+        )
+    }
+
+    /// Notes that no monitor runs any more, and why if it is known.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_ended(&self, name: &str, state: StoredState, why: Option<&ExitReason>) -> Result<()> {
+        let why = why.map(|why| to_json(name, why)).transpose()?;
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, state = ?2, pid = NULL, pid_start = NULL,
+                 started_ms = NULL, last_exit = COALESCE(?3, last_exit) WHERE name = ?1",
+            params![name, state.name(), why],
+        )
+    }
+
+    fn change(&self, name: &str, sql: &str, values: impl rusqlite::Params) -> Result<()> {
+        self.write("change a VM", |tx| match tx.execute(sql, values)? {
+            0 => Err(missing(name).into()),
+            _ => Ok(()),
+        })
+    }
+
+    /// Every disk that is bound to the image, as VM and disk.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn users_of_image(&self, image: &Path) -> Result<Vec<(String, DiskRecord)>> {
+        self.read("look for an image", |db| users_of_image(db, image))
+    }
+}
+
+pub(super) fn users_of_image(db: &Connection, image: &Path) -> Attempt<Vec<(String, DiskRecord)>> {
+    let mut statement = db.prepare(&format!("{DISK}, vm FROM disks WHERE image = ?1"))?;
+    let rows = statement.query_map([text(image)?], |row| Ok((row.get(7)?, disk(row)?)))?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+/// Paths are text in the inventory, as in specs and in JSON.
+pub(super) fn text(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| {
+        InventoryCorrupt {
+            record: path.display().to_string(),
+            reason: "the path is not UTF-8".to_owned(),
+        }
+        .into()
+    })
+}
+
+fn missing(name: &str) -> Observation {
+    NoSuchVm {
+        vm: name.to_owned(),
+    }
+    .into()
+}
+
+fn exists(db: &Connection, name: &str) -> Attempt<bool> {
+    Ok(db
+        .query_row("SELECT 1 FROM vms WHERE name = ?1", [name], |_| Ok(()))
+        .optional()?
+        .is_some())
+}
+
+const DISK: &str = "SELECT name, slot, image, datastore, size, read_only, created";
+
+fn disk(row: &Row<'_>) -> rusqlite::Result<DiskRecord> {
+    Ok(DiskRecord {
+        name: row.get(0)?,
+        slot: row.get(1)?,
+        image: PathBuf::from(row.get::<_, String>(2)?),
+        datastore: row.get(3)?,
+        size: from_sql(row.get(4)?),
+        read_only: row.get(5)?,
+        created: row.get(6)?,
+    })
+}
+
+fn nic(row: &Row<'_>) -> rusqlite::Result<NicRecord> {
+    Ok(NicRecord {
+        name: row.get(0)?,
+        slot: row.get(1)?,
+        tap: row.get(2)?,
+        bridge: row.get(3)?,
+        mac: row.get(4)?,
+    })
+}
+
+/// The columns of a VM as SQLite has them.
+struct Raw {
+    revision: i64,
+    spec: String,
+    state: String,
+    last_exit: Option<String>,
+    pid: Option<u32>,
+    pid_start: Option<i64>,
+    started_ms: Option<i64>,
+}
+
+fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
+    let raw = db
+        .query_row(
+            "SELECT revision, spec, state, last_exit, pid, pid_start, started_ms
+                 FROM vms WHERE name = ?1",
+            [name],
+            |row| {
+                Ok(Raw {
+                    revision: row.get(0)?,
+                    spec: row.get(1)?,
+                    state: row.get(2)?,
+                    last_exit: row.get(3)?,
+                    pid: row.get(4)?,
+                    pid_start: row.get(5)?,
+                    started_ms: row.get(6)?,
+                })
+            },
+        )
+        .optional()?
+        .ok_or_else(|| missing(name))?;
+    let disks = db
+        .prepare(&format!(
+            "{DISK} FROM disks WHERE vm = ?1 ORDER BY position"
+        ))?
+        .query_map([name], disk)?
+        .collect::<rusqlite::Result<_>>()?;
+    let nics = db
+        .prepare("SELECT name, slot, tap, bridge, mac FROM nics WHERE vm = ?1 ORDER BY position")?
+        .query_map([name], nic)?
+        .collect::<rusqlite::Result<_>>()?;
+    let record = format!("VM '{name}'");
+    Ok(VmRecord {
+        name: name.to_owned(),
+        revision: from_sql(raw.revision),
+        spec: from_json(&record, &raw.spec)?,
+        state: StoredState::parse(&raw.state).ok_or_else(|| {
+            Observation::from(InventoryCorrupt {
+                record: record.clone(),
+                reason: format!("its state is '{}'", raw.state),
+            })
+        })?,
+        last_exit: raw
+            .last_exit
+            .map(|why| from_json(&record, &why))
+            .transpose()?,
+        process: raw.pid.zip(raw.pid_start.map(from_sql)),
+        started_ms: raw.started_ms.map(from_sql),
+        disks,
+        nics,
+    })
+}

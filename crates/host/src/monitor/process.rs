@@ -1,0 +1,141 @@
+//! A monitor's process, whether this daemon started it or one before.
+//!
+//! A pid alone may name another process by the time it is used. So a process is known by its pid
+//! together with the time it started, and held by a pidfd, which never names another.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, ExitStatus};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use strake_observe::{OsContext, Result};
+
+/// How long the end of a child of ours may take to be told after its process is gone.
+const REAP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// A process.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pid: u32,
+    started: u64,
+    pidfd: OwnedFd,
+    /// The process that we started, which is this one or, if a jail put a process between, its
+    /// parent.
+    child: Mutex<Option<Child>>,
+}
+
+impl Process {
+    /// Holds the process `pid` that is alive now.
+    pub(crate) fn hold(pid: u32, child: Option<Child>) -> Result<Self> {
+        let object = format!("process {pid}");
+        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let raw = raw
+            .ok_or(rustix::io::Errno::SRCH)
+            .os("pidfd_open", &object)?;
+        let pidfd = pidfd_open(raw, PidfdFlags::empty()).os("pidfd_open", &object)?;
+        let started = start_time(pid).os("read", format!("/proc/{pid}/stat"))?;
+        Ok(Self {
+            pid,
+            started,
+            pidfd,
+            child: Mutex::new(child),
+        })
+    }
+
+    /// Holds the process if it is still the one that started at `started`.
+    pub(crate) fn find(pid: u32, started: u64) -> Option<Self> {
+        Self::hold(pid, None)
+            .ok()
+            .filter(|process| process.started == started && !process.wait(Duration::ZERO))
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// What the inventory records of it.
+    pub(crate) fn identity(&self) -> (u32, u64) {
+        (self.pid, self.started)
+    }
+
+    /// Waits until it has ended; tells whether it has.
+    pub(crate) fn wait(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec {
+                tv_sec: i64::try_from(left.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(left.subsec_nanos()),
+            };
+            let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) if left.is_zero() => return false,
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                // A pidfd that cannot be polled tells nothing: it is taken as alive.
+                Err(_) => return false,
+                Ok(_) => return true,
+            }
+        }
+    }
+
+    /// Ends it by force.
+    pub(crate) fn kill(&self) {
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.with_child(|child| {
+            // If a jail put a process between, that one too.
+            let _ = child.kill();
+        });
+    }
+
+    /// How it ended, if it was a child of ours. Also takes its exit status from the kernel.
+    pub(crate) fn how_it_ended(&self) -> Option<String> {
+        let deadline = Instant::now() + REAP_PATIENCE;
+        loop {
+            let ended = self.with_child(|child| child.try_wait());
+            match ended {
+                None | Some(Err(_)) => return None,
+                Some(Ok(Some(status))) => return Some(told(status)),
+                Some(Ok(None)) if Instant::now() >= deadline => return None,
+                Some(Ok(None)) => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    }
+
+    fn with_child<T>(&self, work: impl FnOnce(&mut Child) -> T) -> Option<T> {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        child.as_mut().map(work)
+    }
+}
+
+fn told(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(signal), _) => {
+            let name = match signal {
+                libc::SIGABRT => " (SIGABRT)",
+                libc::SIGBUS => " (SIGBUS)",
+                libc::SIGILL => " (SIGILL)",
+                libc::SIGKILL => " (SIGKILL)",
+                libc::SIGSEGV => " (SIGSEGV)",
+                libc::SIGSYS => " (SIGSYS: a system call that its jail forbids)",
+                libc::SIGTERM => " (SIGTERM)",
+                _ => "",
+            };
+            format!("signal {signal}{name}")
+        }
+        (None, Some(code)) => format!("exit status {code}"),
+        (None, None) => status.to_string(),
+    }
+}
+
+/// When a process started, in clock ticks since boot: field 22 of its stat file.
+fn start_time(pid: u32) -> std::io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The command, field 2, stands in parentheses and may hold anything, parentheses too.
+    stat.rsplit_once(')')
+        .and_then(|(_, rest)| rest.split_whitespace().nth(19))
+        .and_then(|ticks| ticks.parse().ok())
+        .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::InvalidData))
+}

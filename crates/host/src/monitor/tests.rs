@@ -1,0 +1,160 @@
+//! The connection against a monitor in a thread, and real processes.
+
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with,
+};
+use strake_api::control::{Body, Event, Packet, Reply, Request, RunState};
+use strake_observe::Observation;
+
+use super::connection::{Connection, Incoming, QUICK};
+use super::packet;
+use super::process::Process;
+use super::spawn;
+use crate::observations::NoSuchVm;
+
+/// Serves one connection: `answer` gives the packets that follow a request.
+fn monitor(path: &Path, answer: impl Fn(Request) -> Option<Vec<Body>> + Send + 'static) {
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap();
+    bind(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    listen(&socket, 1).unwrap();
+    std::thread::spawn(move || {
+        let peer: OwnedFd = accept_with(&socket, SocketFlags::CLOEXEC).unwrap();
+        let mut buffer = Vec::new();
+        while let Ok(Some(received)) = packet::receive(&peer, &mut buffer) {
+            let Body::Request(request) = received.packet.body else {
+                panic!("the daemon sends requests only");
+            };
+            let Some(bodies) = answer(request) else {
+                return;
+            };
+            for body in bodies {
+                let id = match body {
+                    Body::Event(_) => 0,
+                    _ => received.packet.id,
+                };
+                packet::send(&peer, &Packet { id, body }, &[]).unwrap();
+            }
+        }
+    });
+}
+
+fn hello(version: u32) -> Body {
+    Body::Reply(Reply::Hello {
+        version,
+        monitor: "test".into(),
+        vm: Some("web1".into()),
+    })
+}
+
+fn leaf() -> Observation {
+    NoSuchVm { vm: "x".into() }.into()
+}
+
+#[test]
+fn replies_find_their_callers_and_events_their_channel() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    monitor(&path, |request| {
+        Some(match request {
+            Request::Hello { .. } => vec![hello(1)],
+            Request::Pause => vec![
+                Body::Event(Event::State(RunState::Paused)),
+                Body::Reply(Reply::Done),
+            ],
+            Request::Resume => vec![Body::Reply(Reply::Failed(leaf()))],
+            Request::Stop => return None,
+            _ => vec![],
+        })
+    });
+    let (connection, greeting, events) = Connection::open(&path).unwrap();
+    assert_eq!(greeting.vm.as_deref(), Some("web1"));
+    assert_eq!(greeting.pid, Some(std::process::id()));
+    let call = |name, request, patience| connection.call(name, request, &[], patience);
+    assert_eq!(call("pause", Request::Pause, QUICK).unwrap(), Reply::Done);
+    assert!(matches!(
+        events.recv().unwrap(),
+        Incoming::Event(Event::State(RunState::Paused))
+    ));
+    let seen = call("resume", Request::Resume, QUICK).unwrap_err();
+    assert_eq!(seen.id(), "host.monitor-refused");
+    assert!(seen.find("host.no-such-vm").is_some());
+    let seen = call("status", Request::Status, Duration::from_millis(50)).unwrap_err();
+    assert_eq!(seen.id(), "host.monitor-silent");
+    let seen = call("stop", Request::Stop, QUICK).unwrap_err();
+    assert_eq!(seen.id(), "host.monitor-lost");
+    assert!(matches!(events.recv().unwrap(), Incoming::Closed));
+    let seen = call("status", Request::Status, QUICK).unwrap_err();
+    assert_eq!(seen.id(), "host.monitor-lost");
+}
+
+#[test]
+fn another_protocol_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    monitor(&path, |_| Some(vec![hello(7)]));
+    let seen = Connection::open(&path).unwrap_err();
+    assert_eq!(seen.id(), "host.monitor-mismatch");
+    assert!(seen.text().contains("protocol 7"), "{seen}");
+    assert!(Connection::open(&dir.path().join("none")).is_err());
+}
+
+#[test]
+fn a_process_is_known_by_its_start_and_its_end_is_told() {
+    let child = Command::new("sleep").arg("100").spawn().unwrap();
+    let process = Process::hold(child.id(), Some(child)).unwrap();
+    let (pid, started) = process.identity();
+    assert!(!process.wait(Duration::from_millis(20)));
+    assert!(Process::find(pid, started).is_some());
+    assert!(Process::find(pid, started + 1).is_none());
+    process.kill();
+    assert!(process.wait(Duration::from_secs(5)));
+    assert_eq!(process.how_it_ended().unwrap(), "signal 9 (SIGKILL)");
+    assert!(Process::find(pid, started).is_none());
+    assert!(Process::hold(u32::MAX, None).is_err());
+}
+
+#[test]
+fn a_spawned_monitor_has_its_socket_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let (socket, log) = (dir.path().join("s"), dir.path().join("log"));
+    let program = dir.path().join("monitor");
+    // Something that a careless program would leak.
+    let leak = std::fs::File::open("/dev/null").unwrap();
+    rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
+    std::fs::write(
+        &program,
+        "#!/bin/sh\nenv | grep -c SECRET\nls -l /proc/$$/fd\necho last >&2\n",
+    )
+    .unwrap();
+    std::fs::set_permissions(
+        &program,
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
+    let mut child = spawn::spawn(&program, "web1", &socket, &log).unwrap();
+    child.wait().unwrap();
+    let text = std::fs::read_to_string(&log).unwrap();
+    let fds: Vec<&str> = text.lines().filter(|line| line.contains(" -> ")).collect();
+    assert!(
+        fds.iter().any(|line| line.contains(" 3 -> socket:")),
+        "{text}"
+    );
+    // 0, 1, 2, 3 and the script itself, which the shell reads.
+    assert!(fds.len() <= 5, "{text}");
+    assert!(!fds.iter().any(|line| line.contains("SECRET")));
+    assert!(spawn::last_words(&log).unwrap().ends_with("last"));
+    assert!(!spawn::last_words(&log).unwrap().contains("straked starts"));
+    let seen = spawn::spawn(Path::new("/no/such"), "x", &socket, &log).unwrap_err();
+    assert_eq!(seen.id(), "host.monitor-not-spawned");
+}

@@ -1,0 +1,271 @@
+//! Images: raw files and block devices.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use strake_api::spec::SECTOR;
+use strake_observe::{Because, OsContext, Result};
+
+use super::lock::{self, Share};
+use super::store;
+use crate::config::show;
+use crate::observations::{
+    DestinationTooSmall, ImageInUse, ImageNotCreated, ImageNotOpened, ImageRefused, NotRemoved,
+};
+
+/// How long to wait for a lock that somebody else has. A monitor that has just ended may hold its
+/// images a moment longer: the kernel takes io_uring rings down after the process.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Whether the guest writes to an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Read,
+    Write,
+}
+
+impl Mode {
+    pub(crate) fn of(read_only: bool) -> Self {
+        if read_only { Self::Read } else { Self::Write }
+    }
+}
+
+/// What an image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Looks {
+    /// Bytes.
+    pub(crate) size: u64,
+    /// Bytes that it takes on its store; for a block device all of them.
+    pub(crate) allocated: u64,
+    /// Whether it is a regular file.
+    pub(crate) regular: bool,
+}
+
+/// Looks at an image; `None` if there is nothing of that name.
+pub(crate) fn look(path: &Path) -> Result<Option<Looks>> {
+    let meta = match std::fs::metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        meta => meta
+            .os("stat", path.display())
+            .because_of(|| not_opened(path))?,
+    };
+    let kind = meta.file_type();
+    if kind.is_file() {
+        return Ok(Some(Looks {
+            size: meta.len(),
+            allocated: meta.blocks().saturating_mul(512).min(meta.len()),
+            regular: true,
+        }));
+    }
+    if !kind.is_block_device() {
+        return Err(refused(
+            path,
+            "it is neither a regular file nor a block device",
+            "name a raw image file or a block device",
+        ));
+    }
+    let size = File::open(path)
+        .and_then(|mut device| device.seek(SeekFrom::End(0)))
+        .os("open", path.display())
+        .because_of(|| not_opened(path))?;
+    Ok(Some(Looks {
+        size,
+        allocated: size,
+        regular: false,
+    }))
+}
+
+/// Refuses an image whose size no disk can have.
+pub(crate) fn check_size(path: &Path, size: u64) -> Result<()> {
+    if size == 0 || !size.is_multiple_of(SECTOR) {
+        return Err(refused(
+            path,
+            &format!("its size, {size} bytes, is not a whole number of 512-byte sectors"),
+            "name a raw image; `truncate -s` brings one to a whole number of sectors",
+        ));
+    }
+    Ok(())
+}
+
+/// The canonical form of an image's path, whether or not the image exists: two names of one file
+/// must look alike in the inventory.
+pub(crate) fn canonical(path: &Path) -> Result<PathBuf> {
+    match std::fs::canonicalize(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        found => {
+            return found
+                .os("open", path.display())
+                .because_of(|| not_opened(path));
+        }
+    }
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(not_opened(path).into());
+    };
+    let directory = std::fs::canonicalize(directory)
+        .os("open", directory.display())
+        .because_of(|| not_opened(path))?;
+    Ok(directory.join(name))
+}
+
+/// Opens an image for a monitor and locks it. `user` names who uses it, should it be locked.
+pub(crate) fn open(path: &Path, mode: Mode, user: impl Fn() -> String) -> Result<OwnedFd> {
+    let looks = look(path)?.ok_or_else(|| {
+        refused(
+            path,
+            "there is no such file",
+            "restore it, or correct the spec",
+        )
+    })?;
+    check_size(path, looks.size)?;
+    let exclusive = !looks.regular && mode == Mode::Write;
+    let file = open_direct(path, mode, exclusive)?;
+    take_lock(&file, path, mode, user)?;
+    Ok(file.into())
+}
+
+/// With O_DIRECT where the file system can.
+fn open_direct(path: &Path, mode: Mode, exclusive: bool) -> Result<File> {
+    let open = |flags: OFlags| {
+        let exclusive = if exclusive {
+            OFlags::EXCL
+        } else {
+            OFlags::empty()
+        };
+        let bits = (flags | exclusive).bits();
+        OpenOptions::new()
+            .read(true)
+            .write(mode == Mode::Write)
+            .custom_flags(i32::from_ne_bytes(bits.to_ne_bytes()))
+            .open(path)
+    };
+    match open(OFlags::DIRECT) {
+        Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+            open(OFlags::empty())
+        }
+        result => result,
+    }
+    .os("open", path.display())
+    .because_of(|| not_opened(path))
+}
+
+fn take_lock(file: &File, path: &Path, mode: Mode, user: impl Fn() -> String) -> Result<()> {
+    let share = match mode {
+        Mode::Read => Share::WithReaders,
+        Mode::Write => Share::Alone,
+    };
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        if lock::take(file, share).os("fcntl(F_OFD_SETLK)", path.display())? {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            return Err(ImageInUse {
+                path: show(path),
+                user: user(),
+            }
+            .into());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Creates an empty image of exactly `size` bytes where nothing is yet, locked, and durable by
+/// name. Nothing is left behind if that fails.
+pub(crate) fn create(path: &Path, size: u64) -> Result<OwnedFd> {
+    let not_created = || ImageNotCreated {
+        path: show(path),
+        size,
+    };
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .os("open", path.display())
+        .because_of(not_created)
+        .map(drop)?;
+    let guard = Created(Some(path.to_owned()));
+    let file = open_direct(path, Mode::Write, false).because_of(not_created)?;
+    if let Err(error) = file.set_len(size) {
+        let too_small = error.raw_os_error() == Some(Errno::FBIG.raw_os_error());
+        let seen = Err(error).os("ftruncate", path.display());
+        return if too_small {
+            seen.because_of(|| DestinationTooSmall {
+                path: show(path),
+                size,
+            })
+        } else {
+            seen.because_of(not_created)
+        };
+    }
+    take_lock(&file, path, Mode::Write, || "another process".to_owned())?;
+    file.sync_all()
+        .os("fsync", path.display())
+        .because_of(not_created)?;
+    if let Some(directory) = path.parent() {
+        store::sync(directory).because_of(not_created)?;
+    }
+    guard.keep();
+    Ok(file.into())
+}
+
+/// A file that goes again unless it is kept.
+#[derive(Debug)]
+pub(crate) struct Created(Option<PathBuf>);
+
+impl Created {
+    pub(crate) fn new(path: PathBuf) -> Self {
+        Self(Some(path))
+    }
+
+    pub(crate) fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        if let Some(path) = self.0.take()
+            && let Err(seen) = store::remove_file(&path)
+        {
+            tracing::warn!(%seen, "an unfinished file stays behind");
+        }
+    }
+}
+
+/// Removes an image that is a regular file; block devices stay as they are.
+pub(crate) fn remove(path: &Path, what: &str) -> Result<()> {
+    let not_removed = || NotRemoved {
+        path: show(path),
+        what: what.to_owned(),
+    };
+    match look(path) {
+        Ok(Some(looks)) if looks.regular => {}
+        Ok(_) => return Ok(()),
+        Err(seen) => return Err(seen).because_of(not_removed),
+    }
+    store::remove_file(path).because_of(not_removed)?;
+    match path.parent() {
+        Some(directory) => store::sync(directory).because_of(not_removed),
+        None => Ok(()),
+    }
+}
+
+fn not_opened(path: &Path) -> ImageNotOpened {
+    ImageNotOpened { path: show(path) }
+}
+
+fn refused(path: &Path, reason: &str, advice: &str) -> strake_observe::Observation {
+    ImageRefused {
+        path: show(path),
+        reason: reason.to_owned(),
+        advice: advice.to_owned(),
+    }
+    .into()
+}

@@ -1,0 +1,46 @@
+//! Locks on images.
+//!
+//! An *open file description* lock belongs to the opened file, not to the process: the daemon takes
+//! it, passes the descriptor to the monitor and closes its own copy, and the lock lives exactly as
+//! long as the monitor holds the image. A writer's lock excludes everyone, a reader's only writers.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// Who may hold the image beside this one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Share {
+    /// Nobody.
+    Alone,
+    /// Other readers.
+    WithReaders,
+}
+
+/// Takes the lock on the whole file, or tells that somebody else has it (`Ok(false)`).
+pub(crate) fn take(file: impl AsFd, share: Share) -> io::Result<bool> {
+    // SAFETY: `flock` is plain data for which zeroes are valid: from offset 0 to the end.
+    let mut range: libc::flock = unsafe { std::mem::zeroed() };
+    range.l_type = match share {
+        Share::Alone => libc::F_WRLCK as libc::c_short,
+        Share::WithReaders => libc::F_RDLCK as libc::c_short,
+    };
+    range.l_whence = libc::SEEK_SET as libc::c_short;
+    // SAFETY: the descriptor is open for as long as the borrow, and `range` is valid for reading.
+    let result = unsafe {
+        libc::fcntl(
+            file.as_fd().as_raw_fd(),
+            libc::F_OFD_SETLK,
+            &raw const range,
+        )
+    };
+    if result == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::EACCES) => Ok(false),
+        _ => Err(error),
+    }
+}

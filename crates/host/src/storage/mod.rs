@@ -1,0 +1,11 @@
+//! Datastores and images as files: nothing here knows VMs or the inventory's records.
+//!
+//! * [`store`]: a datastore's directory and the room in it.
+//! * [`image`]: images: looked at, created, opened and locked, removed.
+//! * [`lock`]: the locks that keep an image to one VM.
+
+pub(crate) mod image;
+pub(crate) mod lock;
+pub(crate) mod store;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,2 @@
+//! Stands in for `strake-vmm` in tests.
+fn main() {}
