@@ -111,6 +111,8 @@ pub(crate) async fn attach(
             moved = copy(&mut reader, &mut writer, &mut keys) => moved?,
             () = endings.next() => return Ok(Left::Interrupted),
         };
+        // The daemon ends its side of the console with ours.
+        drop((reader, writer));
         match moved {
             Moved::Detached => return Ok(Left::Detached),
             Moved::Ended { any } => {
