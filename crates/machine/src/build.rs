@@ -1,0 +1,297 @@
+//! From a configuration and descriptors to a machine.
+//!
+//! In the order in which things depend on each other: the VM with its memory, the vCPUs, the
+//! platform, the disks and network interfaces in their slots, the kernel in memory, the vCPUs'
+//! threads. Whatever fails, what was built before is dropped and the monitor is as before.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::sync::Arc;
+
+use strake_api::control::{BootConfig, MachineConfig};
+use strake_arch::acpi::{self, AcpiConfig};
+use strake_arch::boot::{self, Entry};
+use strake_arch::{cpuid, layout, msr};
+use strake_block::{Access, LiveDisk, RawImage};
+use strake_devices::interrupt::{Doorbells, MsiBroker};
+use strake_devices::lifecycle::Component;
+use strake_devices::pci::{PciFunction, SLOTS};
+use strake_devices::virtio::blk::{BlkConfig, VirtioBlk};
+use strake_devices::virtio::net::VirtioNet;
+use strake_devices::virtio::rng::VirtioRng;
+use strake_devices::virtio::{VirtioDevice, VirtioPci};
+use strake_kvm::{Kvm, Vcpu, Vm};
+use strake_memory::{GuestRam, Ram};
+use strake_observe::{Because, Observation, Result};
+
+use crate::adapters::KvmPlatform;
+use crate::boot_disk;
+use crate::jobs::Jobs;
+use crate::observations::{BadConfig, BuildFailed, NoSuchDisk};
+use crate::platform::Platform;
+use crate::vcpus::{Crew, Vcpus};
+use crate::{Descriptors, Machine, Mailbox};
+
+/// The most queues of a disk.
+const QUEUES_MAX: u16 = 16;
+
+/// The longest serial number of a virtio disk.
+const SERIAL_MAX: usize = 20;
+
+impl Machine {
+    /// Builds the machine that `config` describes out of the descriptors that came with it. Its
+    /// guest does not run yet.
+    ///
+    /// # Errors
+    /// [`BadConfig`] if it describes none, [`BuildFailed`] with the step that failed.
+    pub fn build(
+        config: MachineConfig,
+        fds: &mut Descriptors,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<Arc<Self>> {
+        check(&config)?;
+        let failed = |step: &str| BuildFailed {
+            vm: config.vm.clone(),
+            step: step.to_owned(),
+        };
+
+        let kvm = fds.take(config.kvm, "/dev/kvm").and_then(Kvm::from_fd);
+        let kvm = kvm.because_of(|| failed("opening KVM"))?;
+        let ram = fds
+            .take(config.memory.memfd, "the guest's memory")
+            .and_then(|memfd| GuestRam::map(memfd, config.memory.size))
+            .because_of(|| failed("mapping the guest's memory"))?;
+        let vm = Vm::new(&kvm, &ram).because_of(|| failed("creating the VM"))?;
+
+        let vcpus =
+            create_vcpus(&kvm, &vm, config.cpus).because_of(|| failed("creating the vCPUs"))?;
+        let crew = Crew::new(&vcpus);
+        let platform = fds
+            .take(config.console_log, "the console's log")
+            .and_then(|log| Platform::build(&vm, &crew, File::from(log), mailbox))
+            .because_of(|| failed("building the platform"))?;
+
+        let mut slots = Slots {
+            platform,
+            kvm: Arc::new(KvmPlatform(vm.clone())),
+            ram: ram.ram(),
+        };
+        let disks = add_disks(&mut slots, &config, fds, mailbox)
+            .because_of(|| failed("adding the disks"))?;
+        add_nics(&mut slots, &config, fds)
+            .because_of(|| failed("adding the network interfaces"))?;
+        add_rng(&mut slots, &config).because_of(|| failed("adding the random number device"))?;
+
+        let entry = load(&config, fds, &disks, &ram).because_of(|| failed("loading the kernel"))?;
+        if let Some(first) = vcpus.first() {
+            set_entry(first, &entry).because_of(|| failed("setting the entry point"))?;
+        }
+        let Platform {
+            buses,
+            console,
+            power,
+            components,
+            ..
+        } = slots.platform;
+        let vcpus = Vcpus::start(vcpus, &crew, &buses, mailbox)
+            .because_of(|| failed("starting the vCPUs' threads"))?;
+        Ok(Arc::new(Self {
+            name: config.vm,
+            run: std::sync::Mutex::default(),
+            vcpus,
+            components,
+            disks,
+            console,
+            power,
+            jobs: Jobs::default(),
+            mailbox: Arc::clone(mailbox),
+            _vm: vm,
+        }))
+    }
+}
+
+/// What a function needs to be put into its slot.
+struct Slots {
+    platform: Platform,
+    kvm: Arc<KvmPlatform>,
+    ram: Ram,
+}
+
+impl Slots {
+    fn add<D: VirtioDevice>(&mut self, slot: u8, device: D) -> Result<()> {
+        let msi: &dyn MsiBroker = &*self.kvm;
+        let doorbells: Arc<dyn Doorbells> = self.kvm.clone();
+        let function = VirtioPci::new(device, self.ram.clone(), msi, doorbells)?;
+        let pci: Arc<dyn PciFunction> = function.clone();
+        self.platform.pci.add(slot, pci)?;
+        let component: Arc<dyn Component> = function;
+        self.platform.components.push(component);
+        Ok(())
+    }
+}
+
+fn check(config: &MachineConfig) -> Result<()> {
+    let bad = |reason: String| -> Result<()> {
+        Err(BadConfig {
+            vm: config.vm.clone(),
+            reason,
+        }
+        .into())
+    };
+    if config.vm.is_empty() {
+        return bad("the VM has no name".to_owned());
+    }
+    if config.cpus == 0 || config.cpus > layout::MAX_CPUS {
+        return bad(format!(
+            "{} vCPUs; there are 1 to {}",
+            config.cpus,
+            layout::MAX_CPUS
+        ));
+    }
+    let mut names = HashSet::new();
+    let mut slots = HashSet::new();
+    let disks = config.disks.iter().map(|disk| (&disk.name, disk.slot));
+    let nics = config.nics.iter().map(|nic| (&nic.name, nic.slot));
+    for (name, slot) in disks.chain(nics) {
+        if name.is_empty() || !names.insert(name) {
+            return bad(format!("the device name '{name}' is empty or used twice"));
+        }
+        if !(1..SLOTS).contains(&slot) || !slots.insert(slot) {
+            return bad(format!(
+                "PCI slot {slot} of '{name}' does not exist or is used twice"
+            ));
+        }
+    }
+    for disk in &config.disks {
+        if disk.queues == 0 || disk.queues > QUEUES_MAX {
+            return bad(format!(
+                "disk '{}' has {} queues; there are 1 to {QUEUES_MAX}",
+                disk.name, disk.queues
+            ));
+        }
+        if disk.serial.len() > SERIAL_MAX {
+            return bad(format!(
+                "the serial number of disk '{}' exceeds {SERIAL_MAX} bytes",
+                disk.name
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn create_vcpus(kvm: &Kvm, vm: &Vm, count: u8) -> Result<Vec<Vcpu>> {
+    let supported = kvm.supported_cpuid()?;
+    (0..count)
+        .map(|index| {
+            let vcpu = vm.create_vcpu(index)?;
+            vcpu.set_cpuid(&cpuid::guest_cpuid(&supported, index, count))?;
+            let registers = msr::boot_msrs();
+            vcpu.set_msrs(registers.into_iter().map(|msr| (msr.index, msr.value)))?;
+            vcpu.set_reset_state()?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+/// The first vCPU begins at the kernel's entry; the others wait for it.
+fn set_entry(first: &Vcpu, entry: &Entry) -> Result<()> {
+    let (regs, sregs) = boot::registers(entry, first.sregs()?);
+    first.set_sregs(&sregs)?;
+    first.set_regs(&regs)
+}
+
+fn add_disks(
+    slots: &mut Slots,
+    config: &MachineConfig,
+    fds: &mut Descriptors,
+    mailbox: &Arc<Mailbox>,
+) -> Result<Vec<Arc<LiveDisk>>> {
+    let mut disks = Vec::new();
+    for disk in &config.disks {
+        let access = if disk.read_only {
+            Access::ReadOnly
+        } else {
+            Access::ReadWrite
+        };
+        let fd = fds.take(disk.image, &format!("the image of disk '{}'", disk.name))?;
+        let image = RawImage::from_fd(fd, disk.path.clone(), access)?;
+        let live = LiveDisk::new(disk.name.clone(), Arc::new(image));
+        let observer = Arc::clone(mailbox);
+        live.set_observer(Arc::new(move |seen| observer.observe(seen)));
+        let device = VirtioBlk::new(
+            format!("blk-{}", disk.name),
+            Arc::clone(&live),
+            &BlkConfig {
+                queues: disk.queues,
+                serial: disk.serial.clone(),
+                read_only: disk.read_only,
+            },
+        )?;
+        slots.add(disk.slot, device)?;
+        disks.push(live);
+    }
+    Ok(disks)
+}
+
+fn add_nics(slots: &mut Slots, config: &MachineConfig, fds: &mut Descriptors) -> Result<()> {
+    for nic in &config.nics {
+        let tap = fds.take(nic.tap, &format!("the tap of interface '{}'", nic.name))?;
+        let device = VirtioNet::new(format!("net-{}", nic.name), tap, nic.mac)?;
+        slots.add(nic.slot, device)?;
+    }
+    Ok(())
+}
+
+/// Every guest has a source of random numbers, in the highest slot that the spec leaves free: the
+/// spec's own slots are recorded and do not move, so this one does not either.
+fn add_rng(slots: &mut Slots, config: &MachineConfig) -> Result<()> {
+    let taken: HashSet<u8> = config
+        .disks
+        .iter()
+        .map(|disk| disk.slot)
+        .chain(config.nics.iter().map(|nic| nic.slot))
+        .collect();
+    match (1..SLOTS).rev().find(|slot| !taken.contains(slot)) {
+        Some(slot) => slots.add(slot, VirtioRng::new("rng")),
+        // A guest with 31 devices of its own does without.
+        None => Ok(()),
+    }
+}
+
+/// Puts the kernel into the guest's memory.
+fn load(
+    config: &MachineConfig,
+    fds: &mut Descriptors,
+    disks: &[Arc<LiveDisk>],
+    ram: &GuestRam,
+) -> Result<Entry> {
+    use vm_memory::GuestAddressSpace;
+    let tables = acpi::build(&AcpiConfig { cpus: config.cpus })?;
+    let memory = ram.ram().memory();
+    match &config.boot {
+        BootConfig::Kernel {
+            kernel,
+            initrd,
+            cmdline,
+            ..
+        } => {
+            let mut kernel = File::from(fds.take(*kernel, "the kernel")?);
+            let initrd = initrd
+                .map(|initrd| fds.take(initrd, "the initial RAM disk"))
+                .transpose()?;
+            let mut initrd = initrd.map(File::from);
+            let initrd = initrd.as_mut().map(|file| file as &mut dyn boot::BootFile);
+            boot::load(&memory, &mut kernel, initrd, cmdline, &tables, ram.size())
+        }
+        BootConfig::Disk {
+            disk,
+            cmdline_append,
+        } => {
+            let live = disks
+                .iter()
+                .find(|live| live.name() == disk)
+                .ok_or_else(|| Observation::from(NoSuchDisk { disk: disk.clone() }))?;
+            boot_disk::load(live, cmdline_append, &memory, &tables, ram.size())
+        }
+    }
+}

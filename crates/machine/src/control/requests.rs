@@ -1,0 +1,138 @@
+//! What each request does.
+
+use std::sync::Arc;
+
+use strake_api::control::{Body, ExitReason, PROTOCOL_VERSION, Reply, Request, RunState, VmStatus};
+use strake_observe::{Observation, Result};
+
+use super::Server;
+use crate::observations::{BadPacket, HelloMissing, WrongState, WrongVersion};
+use crate::{Descriptors, Machine, MigrationRequest};
+
+impl Server {
+    /// Does what a packet asks. Descriptors that the request does not use are closed.
+    pub(super) fn answer(&mut self, body: Body, fds: Descriptors) -> Reply {
+        let Body::Request(request) = body else {
+            return Reply::Failed(
+                BadPacket {
+                    reason: "it is not a request".to_owned(),
+                }
+                .into(),
+            );
+        };
+        self.perform(request, fds).unwrap_or_else(Reply::Failed)
+    }
+
+    fn perform(&mut self, request: Request, mut fds: Descriptors) -> Result<Reply> {
+        if let Request::Hello { version } = request {
+            return self.hello(version);
+        }
+        if !self.greeted() {
+            return Err(HelloMissing {}.into());
+        }
+        match request {
+            Request::Hello { version } => return self.hello(version),
+            Request::Configure(config) => {
+                if self.machine.is_some() {
+                    return Err(self.wrong_state("configure the machine again"));
+                }
+                self.machine = Some(Machine::build(*config, &mut fds, &self.mailbox)?);
+            }
+            Request::Status => return Ok(Reply::Status(self.status())),
+            Request::Stop => self.mailbox.exit(ExitReason::Stopped),
+            Request::Start => self.live("start")?.start()?,
+            Request::Pause => self.live("pause")?.pause()?,
+            Request::Resume => self.live("resume")?.resume()?,
+            Request::PowerButton => self.live("press the power button")?.press_power_button()?,
+            Request::AttachConsole { stream } => {
+                let stream = fds.take(stream, "the console")?;
+                self.live("attach a console")?.attach_console(stream)?;
+            }
+            Request::MigrateDisk {
+                job,
+                disk,
+                destination,
+                destination_path,
+                journal,
+                limits,
+            } => {
+                let request = MigrationRequest {
+                    job,
+                    disk,
+                    destination: fds.take(destination, "the destination")?,
+                    destination_path,
+                    journal: fds.take(journal, "the journal")?,
+                    limits,
+                };
+                self.live("migrate a disk")?.migrate(request)?;
+            }
+            Request::JobStatus { job } => {
+                return Ok(Reply::Job(self.any("tell about a job")?.job_status(&job)?));
+            }
+            Request::CancelJob { job } => self.any("cancel a job")?.cancel_job(&job)?,
+            Request::JobDecision { job, committed } => {
+                self.any("decide a job")?.decide_job(&job, committed)?;
+            }
+        }
+        Ok(Reply::Done)
+    }
+
+    fn hello(&self, version: u32) -> Result<Reply> {
+        if version != PROTOCOL_VERSION {
+            return Err(WrongVersion {
+                theirs: version,
+                ours: PROTOCOL_VERSION,
+            }
+            .into());
+        }
+        Ok(Reply::Hello {
+            version: PROTOCOL_VERSION,
+            monitor: self.config.version.clone(),
+            vm: self
+                .machine
+                .as_ref()
+                .map(|machine| machine.name().to_owned()),
+        })
+    }
+
+    fn status(&self) -> VmStatus {
+        let state = self.run_state();
+        match &self.machine {
+            Some(machine) => machine.status(state),
+            None => VmStatus {
+                state,
+                uptime_ms: 0,
+                disks: Vec::new(),
+                jobs: Vec::new(),
+            },
+        }
+    }
+
+    /// The machine, if its guest has not ended.
+    fn live(&self, asked: &str) -> Result<&Arc<Machine>> {
+        match self.run_state() {
+            RunState::Exited(_) => Err(self.wrong_state(asked)),
+            _ => self.any(asked),
+        }
+    }
+
+    /// The machine, whatever its guest does.
+    fn any(&self, asked: &str) -> Result<&Arc<Machine>> {
+        self.machine.as_ref().ok_or_else(|| self.wrong_state(asked))
+    }
+
+    fn wrong_state(&self, asked: &str) -> Observation {
+        let state = match self.run_state() {
+            RunState::Unconfigured => "not configured",
+            RunState::Built => "built, not started",
+            RunState::Running => "running",
+            RunState::Paused => "paused",
+            RunState::Exited(_) => "at its end",
+        };
+        WrongState {
+            asked: asked.to_owned(),
+            state: state.to_owned(),
+        }
+        .into()
+    }
+}

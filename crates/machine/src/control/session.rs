@@ -1,0 +1,126 @@
+//! One connection with a daemon.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use strake_api::control::{Body, Event, Packet, Reply};
+use strake_observe::Result;
+
+use super::wire::{Connection, Received, Sent};
+use crate::Mailbox;
+
+/// How many packets wait for a daemon that reads slowly before its connection is given up.
+const BACKLOG_MAX: usize = 256;
+
+/// A connection and what waits to be sent over it.
+#[derive(Debug)]
+pub(super) struct Session {
+    connection: Arc<Connection>,
+    backlog: VecDeque<Packet>,
+    /// Whether the daemon said hello: events come only afterwards.
+    pub(super) greeted: bool,
+}
+
+/// Whether a session goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Life {
+    GoesOn,
+    Over,
+}
+
+impl Session {
+    pub(super) fn new(connection: Arc<Connection>) -> Self {
+        Self {
+            connection,
+            backlog: VecDeque::new(),
+            greeted: false,
+        }
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    pub(super) fn receive(&self) -> Result<Received> {
+        self.connection.receive()
+    }
+
+    /// Whether something waits to be sent.
+    pub(super) fn has_backlog(&self) -> bool {
+        !self.backlog.is_empty()
+    }
+
+    pub(super) fn reply(&mut self, id: u64, reply: Reply) -> Life {
+        self.backlog.push_back(Packet {
+            id,
+            body: Body::Reply(reply),
+        });
+        self.flush()
+    }
+
+    /// Sends the machine's events, as many as the daemon takes.
+    pub(super) fn deliver(&mut self, mailbox: &Mailbox) -> Life {
+        if self.flush() == Life::Over {
+            return Life::Over;
+        }
+        while self.greeted && self.backlog.is_empty() {
+            let Some(event) = mailbox.take() else {
+                break;
+            };
+            match self.connection.send_event(&event) {
+                Ok(Sent::Done) => {}
+                Ok(Sent::Full) => {
+                    self.push_event(event);
+                    break;
+                }
+                Ok(Sent::Closed) => {
+                    mailbox.put_back(event);
+                    return Life::Over;
+                }
+                // Too long for a packet: it stays in this process's recorder.
+                Err(seen) => {
+                    strake_observe::recorder().record(seen, strake_observe::State::Open);
+                }
+            }
+        }
+        Life::GoesOn
+    }
+
+    fn push_event(&mut self, event: Event) {
+        self.backlog.push_back(Packet {
+            id: 0,
+            body: Body::Event(event),
+        });
+    }
+
+    /// Sends what waits, as far as the daemon takes it.
+    pub(super) fn flush(&mut self) -> Life {
+        while let Some(packet) = self.backlog.front() {
+            match self.connection.send(packet) {
+                Ok(Sent::Done) => {}
+                Ok(Sent::Full) => break,
+                Ok(Sent::Closed) => return Life::Over,
+                Err(seen) => {
+                    // A reply that cannot be sent is replaced by the reason.
+                    let replacement = match &packet.body {
+                        Body::Reply(_) => Some(Packet {
+                            id: packet.id,
+                            body: Body::Reply(Reply::Failed(seen)),
+                        }),
+                        _ => None,
+                    };
+                    if let Some(replacement) = replacement
+                        && self.connection.send(&replacement).is_err()
+                    {
+                        return Life::Over;
+                    }
+                }
+            }
+            self.backlog.pop_front();
+        }
+        if self.backlog.len() > BACKLOG_MAX {
+            return Life::Over;
+        }
+        Life::GoesOn
+    }
+}

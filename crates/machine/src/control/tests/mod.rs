@@ -1,0 +1,8 @@
+//! The control server in this process, with real sockets and, where `/dev/kvm` can be used, real
+//! guests of a few bytes.
+
+mod guests;
+mod harness;
+mod life;
+mod protocol;
+mod wire;

@@ -1,0 +1,193 @@
+//! Migrations of the machine's disks, as the control thread sees them.
+//!
+//! A migration runs in its own thread (`strake_block::Migration`) and calls [`Hooks`] from there.
+//! Its question for the commit goes through the mailbox to the daemon; the answer comes back
+//! through the control thread. While no daemon answers, the disk's gate stays closed: both images
+//! are equal then, and only the daemon's transaction says which one counts.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use strake_api::control::Event;
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_block::{Access, LiveDisk, Migration, RawImage, SwitchHooks};
+use strake_observe::Result;
+
+use crate::Mailbox;
+use crate::observations::{JobExists, NoSuchDisk, NoSuchJob, WrongState};
+
+/// How long the end of a machine waits for a cancelled job. It ends within 100 ms on a healthy
+/// device; on another one the source counts all the same.
+const CANCEL_LIMIT: Duration = Duration::from_secs(2);
+
+/// What a migration needs.
+#[derive(Debug)]
+pub struct MigrationRequest {
+    /// Its name.
+    pub job: JobId,
+    /// The disk.
+    pub disk: String,
+    /// The destination image.
+    pub destination: OwnedFd,
+    /// Its path, for observations.
+    pub destination_path: String,
+    /// The journal.
+    pub journal: OwnedFd,
+    /// Limits.
+    pub limits: MigrationLimits,
+}
+
+/// Keeps the guest from running for a moment.
+pub(crate) trait Hold: Send + Sync {
+    /// Pauses the vCPUs.
+    ///
+    /// # Errors
+    /// They do not stop in time; they run on.
+    fn hold(&self) -> Result<()>;
+
+    /// Undoes one `hold`.
+    fn release(&self);
+}
+
+/// The jobs of this process, ended ones included, in the order of their start.
+#[derive(Debug, Default)]
+pub(crate) struct Jobs(Mutex<Vec<(JobId, Arc<Migration>)>>);
+
+struct Hooks {
+    machine: Weak<dyn Hold>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl SwitchHooks for Hooks {
+    fn suspend_vm(&self) -> Result<()> {
+        match self.machine.upgrade() {
+            Some(machine) => machine.hold(),
+            None => Err(WrongState {
+                asked: "pause".to_owned(),
+                state: "gone".to_owned(),
+            }
+            .into()),
+        }
+    }
+
+    fn resume_vm(&self) {
+        if let Some(machine) = self.machine.upgrade() {
+            machine.release();
+        }
+    }
+
+    fn await_commit(&self, job: &JobId) {
+        self.mailbox
+            .post(Event::JobAwaitsCommit { job: job.clone() });
+    }
+
+    fn ended(&self, status: &MigrationStatus) {
+        self.mailbox.post(Event::JobEnded(status.clone()));
+    }
+}
+
+impl Jobs {
+    pub(crate) fn start(
+        &self,
+        request: MigrationRequest,
+        disks: &[Arc<LiveDisk>],
+        machine: &Arc<dyn Hold>,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<()> {
+        let mut jobs = self.lock();
+        if jobs.iter().any(|(job, _)| *job == request.job) {
+            return Err(JobExists {
+                job: request.job.to_string(),
+            }
+            .into());
+        }
+        let disk = disks
+            .iter()
+            .find(|disk| disk.name() == request.disk)
+            .ok_or_else(|| NoSuchDisk {
+                disk: request.disk.clone(),
+            })?;
+        let destination = RawImage::from_fd(
+            request.destination,
+            request.destination_path,
+            Access::ReadWrite,
+        )?;
+        let migration = Migration::start(
+            Arc::clone(disk),
+            Arc::new(destination),
+            File::from(request.journal),
+            request.job.clone(),
+            request.limits,
+            Arc::new(Hooks {
+                machine: Arc::downgrade(machine),
+                mailbox: Arc::clone(mailbox),
+            }),
+        )?;
+        jobs.push((request.job, migration));
+        Ok(())
+    }
+
+    pub(crate) fn statuses(&self) -> Vec<MigrationStatus> {
+        self.lock()
+            .iter()
+            .map(|(_, migration)| migration.status())
+            .collect()
+    }
+
+    pub(crate) fn status(&self, job: &JobId) -> Result<MigrationStatus> {
+        Ok(self.find(job)?.status())
+    }
+
+    pub(crate) fn cancel(&self, job: &JobId) -> Result<()> {
+        self.find(job)?.cancel()
+    }
+
+    pub(crate) fn decide(&self, job: &JobId, committed: bool) -> Result<()> {
+        self.find(job)?.decide(committed);
+        Ok(())
+    }
+
+    pub(crate) fn awaiting_commit(&self) -> Vec<JobId> {
+        self.lock()
+            .iter()
+            .filter(|(_, migration)| migration.status().phase == Phase::AwaitingCommit)
+            .map(|(job, _)| job.clone())
+            .collect()
+    }
+
+    /// Ends what still copies. A job that awaits its commit stays as it is.
+    pub(crate) fn cancel_all(&self) {
+        let jobs = self.lock();
+        let end = Instant::now() + CANCEL_LIMIT;
+        // All are asked before one is waited for.
+        let asked: Vec<_> = jobs
+            .iter()
+            .filter(|(_, migration)| !migration.status().phase.is_final())
+            .filter(|(_, migration)| migration.cancel().is_ok())
+            .collect();
+        for (_, migration) in asked {
+            while !migration.status().phase.is_final() && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    fn find(&self, job: &JobId) -> Result<Arc<Migration>> {
+        self.lock()
+            .iter()
+            .find(|(found, _)| found == job)
+            .map(|(_, migration)| Arc::clone(migration))
+            .ok_or_else(|| {
+                NoSuchJob {
+                    job: job.to_string(),
+                }
+                .into()
+            })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<(JobId, Arc<Migration>)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

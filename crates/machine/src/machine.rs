@@ -1,0 +1,315 @@
+//! A machine that was built: its life and what can be asked of it.
+//!
+//! ```text
+//!            start            pause / hold
+//!   Built ──────────▶ Running ◀──────────▶ Paused
+//!     └──────────────────┴───────────────────┴──────▶ stopped (vCPUs gone, devices at rest)
+//! ```
+//!
+//! Whether the vCPUs run follows from three facts under one lock ([`Run`]): the guest was started,
+//! the daemon paused it, migrations hold it. So a migration's short hold and the daemon's pause may
+//! overlap in any order. The lock is taken by the control thread and by migrations' threads, never
+//! by a vCPU's.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use strake_api::control::{DiskStatus, Event, RunState, VmStatus};
+use strake_api::job::{JobId, MigrationStatus};
+use strake_block::LiveDisk;
+use strake_devices::acpi_pm::AcpiPm;
+use strake_devices::console_hub::ConsoleHub;
+use strake_devices::lifecycle::{Component, Phase};
+use strake_kvm::Vm;
+use strake_observe::{Observation, Result};
+
+use crate::Mailbox;
+use crate::jobs::{Hold, Jobs, MigrationRequest};
+use crate::observations::{StopIncomplete, WrongState};
+use crate::vcpus::Vcpus;
+
+/// A guest's machine.
+pub struct Machine {
+    pub(crate) name: String,
+    pub(crate) run: Mutex<Run>,
+    pub(crate) vcpus: Vcpus,
+    /// In the order in which they are started; they are brought to rest in the opposite one.
+    pub(crate) components: Vec<Arc<dyn Component>>,
+    pub(crate) disks: Vec<Arc<LiveDisk>>,
+    pub(crate) console: Arc<ConsoleHub>,
+    pub(crate) power: Arc<AcpiPm>,
+    pub(crate) jobs: Jobs,
+    pub(crate) mailbox: Arc<Mailbox>,
+    /// Last, so that the devices' interrupts and doorbells go first.
+    pub(crate) _vm: Vm,
+}
+
+/// Why the vCPUs run or not.
+#[derive(Debug, Default)]
+pub(crate) struct Run {
+    /// When the guest was started.
+    started: Option<Instant>,
+    /// The daemon paused it.
+    paused: bool,
+    /// How many migrations hold it.
+    holds: usize,
+    /// It is over.
+    stopped: bool,
+}
+
+impl Run {
+    fn shall_run(&self) -> bool {
+        self.started.is_some() && !self.paused && self.holds == 0 && !self.stopped
+    }
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Machine")
+            .field("name", &self.name)
+            .field("run", &self.run)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Machine {
+    /// The VM's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Starts the devices, then the vCPUs.
+    ///
+    /// # Errors
+    /// It was started before, or a device cannot start.
+    pub fn start(&self) -> Result<()> {
+        let mut run = self.lock();
+        if run.started.is_some() || run.stopped {
+            return Err(wrong_state("start", "started already"));
+        }
+        for component in &self.components {
+            component.start()?;
+        }
+        run.started = Some(Instant::now());
+        self.vcpus.let_run();
+        drop(run);
+        self.mailbox.post(Event::State(RunState::Running));
+        Ok(())
+    }
+
+    /// Pauses the vCPUs.
+    ///
+    /// # Errors
+    /// It does not run, or the vCPUs do not stop in time.
+    pub fn pause(&self) -> Result<()> {
+        let mut run = self.lock();
+        if run.started.is_none() || run.stopped {
+            return Err(wrong_state("pause", "not running"));
+        }
+        if run.paused {
+            return Ok(());
+        }
+        if run.shall_run() {
+            self.vcpus.park()?;
+        }
+        run.paused = true;
+        drop(run);
+        self.mailbox.post(Event::State(RunState::Paused));
+        Ok(())
+    }
+
+    /// Lets the vCPUs run again.
+    ///
+    /// # Errors
+    /// It was not started.
+    pub fn resume(&self) -> Result<()> {
+        let mut run = self.lock();
+        if run.started.is_none() || run.stopped {
+            return Err(wrong_state("resume", "not started"));
+        }
+        if !run.paused {
+            return Ok(());
+        }
+        run.paused = false;
+        if run.shall_run() {
+            self.vcpus.let_run();
+        }
+        drop(run);
+        self.mailbox.post(Event::State(RunState::Running));
+        Ok(())
+    }
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    /// The guest does not run.
+    pub fn press_power_button(&self) -> Result<()> {
+        let run = self.lock();
+        if run.started.is_none() || run.stopped {
+            return Err(wrong_state("press the power button", "not running"));
+        }
+        self.power.press_power_button();
+        Ok(())
+    }
+
+    /// Attaches a stream to the serial console.
+    ///
+    /// # Errors
+    /// The console takes no more.
+    pub fn attach_console(&self, stream: OwnedFd) -> Result<()> {
+        self.console.attach(stream)
+    }
+
+    /// Its state, as long as its guest has not ended.
+    #[must_use]
+    pub fn run_state(&self) -> RunState {
+        let run = self.lock();
+        if run.started.is_none() {
+            RunState::Built
+        } else if run.paused {
+            RunState::Paused
+        } else {
+            RunState::Running
+        }
+    }
+
+    /// How it is, with the `state` that the control thread knows.
+    #[must_use]
+    pub fn status(&self, state: RunState) -> VmStatus {
+        let uptime = self.lock().started.map_or(0, |since| {
+            u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
+        });
+        VmStatus {
+            state,
+            uptime_ms: uptime,
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| DiskStatus {
+                    name: disk.name().to_owned(),
+                    size_bytes: disk.size(),
+                    counters: disk.counters(),
+                })
+                .collect(),
+            jobs: self.jobs.statuses(),
+        }
+    }
+
+    /// Starts a migration.
+    ///
+    /// # Errors
+    /// It is refused; nothing was changed.
+    pub fn migrate(self: &Arc<Self>, request: MigrationRequest) -> Result<()> {
+        let hold: Arc<dyn Hold> = Arc::clone(self) as Arc<dyn Hold>;
+        self.jobs.start(request, &self.disks, &hold, &self.mailbox)
+    }
+
+    /// How a job is.
+    ///
+    /// # Errors
+    /// There is no such job.
+    pub fn job_status(&self, job: &JobId) -> Result<MigrationStatus> {
+        self.jobs.status(job)
+    }
+
+    /// Ends a job; its disk stays on the source.
+    ///
+    /// # Errors
+    /// There is no such job, or the daemon was asked to commit it.
+    pub fn cancel_job(&self, job: &JobId) -> Result<()> {
+        self.jobs.cancel(job)
+    }
+
+    /// What the daemon decided about a job that awaits its commit.
+    ///
+    /// # Errors
+    /// There is no such job.
+    pub fn decide_job(&self, job: &JobId, committed: bool) -> Result<()> {
+        self.jobs.decide(job, committed)
+    }
+
+    /// The jobs whose disk's gate stays closed until the daemon answers.
+    #[must_use]
+    pub fn jobs_awaiting_commit(&self) -> Vec<JobId> {
+        self.jobs.awaiting_commit()
+    }
+
+    /// The guest has ended by itself: no vCPU enters it again. Jobs that still copy are ended.
+    pub fn guest_ended(&self) {
+        self.lock().stopped = true;
+        self.vcpus.leave();
+        self.jobs.cancel_all();
+    }
+
+    /// Ends the guest and brings everything to rest: vCPUs gone, jobs ended, requests finished,
+    /// disks flushed. What could not be brought to rest is told.
+    #[must_use]
+    pub fn stop(&self) -> Vec<Observation> {
+        let started = {
+            let mut run = self.lock();
+            run.stopped = true;
+            run.started.is_some()
+        };
+        self.vcpus.leave();
+        self.jobs.cancel_all();
+        let mut seen = Vec::new();
+        let mut incomplete = |part: &str, cause: Observation| {
+            seen.push(
+                Observation::from(StopIncomplete {
+                    part: part.to_owned(),
+                })
+                .because(cause),
+            );
+        };
+        if started {
+            for component in self.components.iter().rev() {
+                if component.phase() == Phase::Running
+                    && let Err(cause) = component.quiesce()
+                {
+                    incomplete(component.name(), cause);
+                }
+            }
+        }
+        for disk in self.disks.iter().filter(|disk| !disk.read_only()) {
+            if let Err(cause) = disk.flush() {
+                incomplete(disk.name(), cause);
+            }
+        }
+        // What the guest said last reaches the log.
+        self.console.close();
+        seen
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Run> {
+        self.run.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Hold for Machine {
+    fn hold(&self) -> Result<()> {
+        let mut run = self.lock();
+        if run.shall_run() {
+            self.vcpus.park()?;
+        }
+        run.holds += 1;
+        Ok(())
+    }
+
+    fn release(&self) {
+        let mut run = self.lock();
+        run.holds = run.holds.saturating_sub(1);
+        if run.shall_run() {
+            self.vcpus.let_run();
+        }
+    }
+}
+
+fn wrong_state(asked: &str, state: &str) -> Observation {
+    WrongState {
+        asked: asked.to_owned(),
+        state: state.to_owned(),
+    }
+    .into()
+}

@@ -1,0 +1,200 @@
+//! Which system calls each kind of thread may make.
+//!
+//! A thread inherits the filter of the one that starts it and adds its own; a call passes if every
+//! filter lets it. The main thread's list is therefore the union of all, and vCPU threads, which
+//! handle what the guest does and start the devices' workers, take away what only the control
+//! socket needs. Another call raises SIGSYS, whose handler names it and ends the process.
+//!
+//! No list has a call that opens a file, makes a process, or makes memory executable. `clone3`
+//! hides its flags from the filter; it fails as if the kernel did not know it, and the C library
+//! falls back on `clone`, which may only make threads.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch, apply_filter,
+};
+use strake_machine::{ThreadKind, set_confinement};
+use strake_observe::{Observation, OsCallFailed, Result};
+
+/// What every thread needs: memory, waiting, time, descriptors it holds, its own start and end.
+const COMMON: &[libc::c_long] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_close,
+    libc::SYS_lseek,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_newfstatat,
+    libc::SYS_fcntl,
+    libc::SYS_ioctl,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_eventfd2,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_sendto,
+    libc::SYS_recvfrom,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_restart_syscall,
+    libc::SYS_getrandom,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_tgkill,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_sigaltstack,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// What only the control thread needs: its socket, the restriction of its own threads, and, when
+/// the machine is built, the size and kind of what it was given.
+const CONTROL: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_socketpair,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_ftruncate,
+    libc::SYS_fstatfs,
+    libc::SYS_memfd_create,
+    libc::SYS_rt_sigaction,
+    libc::SYS_seccomp,
+];
+
+/// Restricts the calling thread, and every thread from now on.
+pub(super) fn install() -> Result<()> {
+    let control = compile(ThreadKind::Control)?;
+    let vcpu = Arc::new(compile(ThreadKind::Vcpu)?);
+    set_confinement(Box::new(move |kind| match kind {
+        ThreadKind::Vcpu => apply(&vcpu),
+        // It is what the main thread was given below.
+        ThreadKind::Control => Ok(()),
+    }));
+    apply(&compile_clone3()?)?;
+    apply(&control)
+}
+
+fn apply(program: &BpfProgram) -> Result<()> {
+    apply_filter(program).map_err(failed)
+}
+
+/// The list of a kind of thread as a program.
+fn compile(kind: ThreadKind) -> Result<BpfProgram> {
+    program(rules(kind)?, SeccompAction::Trap, SeccompAction::Allow)
+}
+
+/// `clone3` as an unknown call. A program of its own: one program has one answer for what it
+/// matches.
+fn compile_clone3() -> Result<BpfProgram> {
+    let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    program(rules, SeccompAction::Allow, enosys)
+}
+
+fn program(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    matched: SeccompAction,
+) -> Result<BpfProgram> {
+    let filter =
+        SeccompFilter::new(rules, otherwise, matched, TargetArch::x86_64).map_err(failed)?;
+    filter.try_into().map_err(failed)
+}
+
+fn rules(kind: ThreadKind) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        COMMON.iter().map(|call| (*call, Vec::new())).collect();
+    // Answered by the other program; among several filters the strictest answer counts.
+    rules.insert(libc::SYS_clone3, Vec::new());
+    rules.insert(libc::SYS_clone, vec![threads_only()?]);
+    rules.insert(libc::SYS_mmap, vec![not_executable(2)?]);
+    rules.insert(libc::SYS_mprotect, vec![not_executable(2)?]);
+    let mut process_control = vec![equals(libc::PR_SET_NAME)?, equals(libc::PR_SET_VMA)?];
+    if kind == ThreadKind::Control {
+        rules.extend(CONTROL.iter().map(|call| (*call, Vec::new())));
+        // For the filters of vCPU threads, which have this one, too, when they add theirs.
+        process_control.push(equals(libc::PR_SET_NO_NEW_PRIVS)?);
+        process_control.push(equals(libc::PR_SET_SECCOMP)?);
+    }
+    rules.insert(libc::SYS_prctl, process_control);
+    Ok(rules)
+}
+
+/// `clone` with the flags of a thread: same memory, same process.
+fn threads_only() -> Result<SeccompRule> {
+    let flags = u64::from((libc::CLONE_VM | libc::CLONE_THREAD).unsigned_abs());
+    rule(SeccompCondition::new(
+        0,
+        SeccompCmpArgLen::Qword,
+        SeccompCmpOp::MaskedEq(flags),
+        flags,
+    ))
+}
+
+fn not_executable(argument: u8) -> Result<SeccompRule> {
+    let executable = u64::from(libc::PROT_EXEC.unsigned_abs());
+    rule(SeccompCondition::new(
+        argument,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::MaskedEq(executable),
+        0,
+    ))
+}
+
+/// The first argument is `value`.
+fn equals(value: libc::c_int) -> Result<SeccompRule> {
+    rule(SeccompCondition::new(
+        0,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::Eq,
+        u64::from(value.unsigned_abs()),
+    ))
+}
+
+fn rule(
+    condition: std::result::Result<SeccompCondition, seccompiler::BackendError>,
+) -> Result<SeccompRule> {
+    SeccompRule::new(vec![condition.map_err(failed)?]).map_err(failed)
+}
+
+fn failed(error: impl std::fmt::Display) -> Observation {
+    OsCallFailed::new(
+        "seccomp",
+        "the monitor's system calls",
+        &std::io::Error::other(error.to_string()),
+    )
+    .into()
+}
