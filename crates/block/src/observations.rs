@@ -101,4 +101,118 @@ strake_observe::catalog! {
     }
     text "{operation} on {path}, which is read-only";
     remedy "give the VM the disk without read-only, or mount it read-only in the guest";
+
+    /// A migration ended without moving the disk.
+    MigrationFailed("block.migration-failed") {
+        /// The job.
+        job: String,
+        /// The disk's name.
+        disk: String,
+        /// The path that it stays on.
+        source: String,
+        /// The path that it was to move to.
+        destination: String,
+    }
+    text "job {job}: disk '{disk}' was not moved to {destination}; it stays on {source}, nothing of it is lost";
+    remedy "do what the cause below asks for, then start the migration again";
+
+    /// The destination is smaller than the disk.
+    DestinationTooSmall("block.destination-too-small") {
+        /// The path of the destination.
+        path: String,
+        /// Its size.
+        size: u64,
+        /// The disk's size.
+        needed: u64,
+    }
+    text "{path} has {size} bytes, the disk needs {needed}";
+    remedy "make the destination at least {needed} bytes large";
+
+    /// The destination's file was removed.
+    DestinationRemoved("block.destination-removed") {
+        /// The path of the destination.
+        path: String,
+    }
+    text "the destination {path} was removed while the disk was being copied to it";
+    remedy "find out what removed it, then start the migration again";
+
+    /// Another migration has the disk.
+    AlreadyMigrating("block.already-migrating") {
+        /// The disk's name.
+        disk: String,
+    }
+    text "disk '{disk}' is already being migrated";
+    remedy "wait for that job or cancel it";
+
+    /// The guest writes faster than the copy can follow.
+    NotConverging("block.not-converging") {
+        /// How many passes were made.
+        passes: u32,
+        /// Bytes per second that the guest dirtied, counted in whole blocks.
+        write_rate: u64,
+        /// Bytes per second that were copied.
+        copy_rate: u64,
+        /// Bytes left after the last pass.
+        dirty: u64,
+        /// What the pause would have been, in milliseconds.
+        expected_pause_ms: u64,
+        /// The pause allowed, in milliseconds.
+        pause_ms: u64,
+    }
+    text "after {passes} passes {dirty} bytes are left: the guest dirties {write_rate} bytes per second, {copy_rate} are copied; the pause would be {expected_pause_ms} ms, {pause_ms} ms are allowed";
+    remedy "allow a longer pause, raise or remove the rate limit, migrate when the guest writes less, or choose a faster destination";
+
+    /// The last blocks could not be copied within the allowed pause.
+    PauseTooLong("block.pause-too-long") {
+        /// How often it was tried.
+        attempts: u32,
+        /// How long the last attempt took before it was given up, in milliseconds.
+        took_ms: u64,
+        /// The pause allowed, in milliseconds.
+        pause_ms: u64,
+    }
+    text "{attempts} attempts to switch over did not end within the allowed pause of {pause_ms} ms; the last was given up after {took_ms} ms";
+    remedy "allow a longer pause, or migrate when source and destination are less busy";
+
+    /// The daemon did not commit.
+    CommitRefused("block.commit-refused") {
+        /// The job.
+        job: String,
+    }
+    text "the inventory did not bind the disk of job {job} to its destination";
+    remedy "look at the daemon's observations for the reason";
+
+    /// A job was cancelled when its outcome was no longer the monitor's to decide.
+    CancelTooLate("block.cancel-too-late") {
+        /// The job.
+        job: String,
+    }
+    text "job {job} can no longer be cancelled: its commit is being decided";
+    remedy "wait for the job to end, then migrate the disk back if it must be";
+
+    /// The journal beside the destination cannot be written.
+    JournalUnwritable("block.journal-unwritable") {
+        /// The path of the destination.
+        destination: String,
+    }
+    text "the journal of the migration to {destination} cannot be written";
+    remedy "free space on the destination's datastore and check that it is writable";
+
+    /// A journal holds no whole record.
+    JournalDamaged("block.journal-damaged") {
+        /// What is wrong.
+        why: String,
+    }
+    text "the migration's journal cannot be used: {why}";
+    remedy "the disk is on the image that the inventory names; remove the journal and, if the inventory does not name it, the destination beside it";
+
+    /// A journal was written by another version.
+    JournalVersion("block.journal-version") {
+        /// Its version.
+        version: u32,
+        /// The version that is known.
+        known: u32,
+    }
+    text "the migration's journal has version {version}, only {known} is known here";
+    remedy "use the version of strake that wrote it";
 }

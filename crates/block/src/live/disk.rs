@@ -43,8 +43,9 @@ pub struct LiveDisk {
 pub(super) struct QueueShared {
     pub(super) event: Arc<Event>,
     pub(super) depth: u32,
-    /// The queue on the next image, opened ahead so that a switch-over cannot fail half way.
-    pub(super) prepared: Mutex<Option<Box<dyn ImageQueue>>>,
+    /// The queue on the next image and the generation that it is for, opened ahead so that a
+    /// switch-over cannot fail half way.
+    pub(super) prepared: Mutex<Option<(u64, Box<dyn ImageQueue>)>>,
 }
 
 #[derive(Debug, Default)]
@@ -260,7 +261,7 @@ impl LiveDisk {
     pub(crate) fn prepare(&self, image: &Arc<dyn Image>) -> Result<()> {
         for queue in lock(&self.queues).iter().filter_map(Weak::upgrade) {
             let next = image.open_queue(queue.depth, &queue.event)?;
-            *lock(&queue.prepared) = Some(next);
+            *lock(&queue.prepared) = Some((self.generation() + 1, next));
         }
         Ok(())
     }

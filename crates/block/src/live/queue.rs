@@ -107,6 +107,12 @@ impl DiskQueue {
     /// # Errors
     /// When the host's I/O engine is broken; the disk cannot go on then.
     pub fn push(&mut self) -> Result<()> {
+        // Even with nothing to start: the old image is let go, and its file with it.
+        if self.generation != self.disk.generation() && self.disk.gate.enter() {
+            let followed = self.follow();
+            self.disk.gate.leave();
+            followed?;
+        }
         while !self.waiting.is_empty() && self.disk.gate.enter() {
             if let Err(seen) = self.follow() {
                 self.disk.gate.leave();
@@ -169,9 +175,9 @@ impl DiskQueue {
         if generation == self.generation {
             return Ok(());
         }
-        let prepared = lock(&self.shared.prepared).take();
+        let prepared = lock(&self.shared.prepared).take_if(|(of, _)| *of == generation);
         self.image = match prepared {
-            Some(prepared) => prepared,
+            Some((_, prepared)) => prepared,
             // It was opened after the others were prepared.
             None => self
                 .disk

@@ -1,0 +1,368 @@
+//! Moves chunks from the source to the destination.
+//!
+//! A few chunks are on their way at once, so that reading overlaps with writing; together they
+//! never have more than [`Room`] bytes outstanding, so that a guest's requests do not queue behind
+//! the copy. One thread, one event for both rings and for a cancellation.
+//!
+//! Where the time goes inside the pause is here too: then nothing else uses the devices, and the
+//! chunks are small and scattered, so more of them are on their way.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use strake_observe::{Observation, Result};
+
+use super::pace::Pace;
+use super::plan::{CHUNK_BYTES, Chunk, Fresh, Plan};
+use crate::raw::Aligned;
+use crate::{BLOCK_BYTES, Event, Image, ImageQueue, Operation, Request};
+
+/// Chunks on their way at once, at most. Scattered blocks make small chunks, whose latencies
+/// overlap this way.
+const SLOTS: usize = 16;
+
+/// How long one wait lasts at most before the copier looks around again. Completions and
+/// cancellations wake it; this bounds the harm of a wake-up that got lost.
+const LOOK_AROUND: Duration = Duration::from_millis(50);
+
+/// How many bytes may be on their way at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// Two chunks: one is read while one is written. More made a paced guest wait and the copy
+    /// hardly faster.
+    BesideGuest,
+    /// All slots: the guest waits for us.
+    Alone,
+}
+
+impl Room {
+    fn bytes(self) -> u64 {
+        match self {
+            Self::BesideGuest => 2 * CHUNK_BYTES,
+            Self::Alone => SLOTS as u64 * CHUNK_BYTES,
+        }
+    }
+}
+
+/// Why a copy stopped before its plan was complete.
+#[derive(Debug)]
+pub(crate) enum Stop {
+    /// It was told to.
+    Cancelled,
+    /// The time it was given is up; what is not copied is still marked.
+    Late,
+    /// A device failed.
+    Failed(Observation),
+}
+
+impl From<Observation> for Stop {
+    fn from(seen: Observation) -> Self {
+        Self::Failed(seen)
+    }
+}
+
+/// How to run one copy.
+pub(crate) struct Run<'a> {
+    pub(crate) plan: &'a mut dyn Plan,
+    /// Whether zeroes need not be written because the destination has them.
+    pub(crate) fresh: Fresh,
+    pub(crate) room: Room,
+    pub(crate) pace: &'a mut Pace,
+    /// No chunk is started after this.
+    pub(crate) deadline: Option<Instant>,
+    pub(crate) cancelled: &'a dyn Fn() -> bool,
+    /// Called after each chunk with the bytes read and written so far and the throughput.
+    pub(crate) progress: &'a mut dyn FnMut(Tally, u64),
+}
+
+/// What one copy did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) read: u64,
+    pub(crate) written: u64,
+}
+
+/// See the module. The queues come first: dropping them waits for what is in flight, and only then
+/// is the memory of the slots given back.
+#[derive(Debug)]
+pub(crate) struct Copier {
+    source: Box<dyn ImageQueue>,
+    destination: Box<dyn ImageQueue>,
+    event: Arc<Event>,
+    slots: Vec<Slot>,
+    zeroes: Aligned,
+}
+
+#[derive(Debug)]
+struct Slot {
+    memory: Aligned,
+    doing: Doing,
+    offset: u64,
+    len: u64,
+    /// Requests at the destination that have not ended.
+    pending: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Doing {
+    Nothing,
+    Reading,
+    Writing,
+}
+
+impl Copier {
+    /// `event` wakes it; whoever cancels signals it.
+    pub(crate) fn new(
+        source: &dyn Image,
+        destination: &dyn Image,
+        event: Arc<Event>,
+    ) -> Result<Self> {
+        let chunk = usize::try_from(CHUNK_BYTES).unwrap_or(0);
+        let depth = u32::try_from(SLOTS).unwrap_or(1);
+        // A chunk of alternating zeroes and data makes a request per block.
+        let writes = depth * 4;
+        Ok(Self {
+            source: source.open_queue(depth, &event)?,
+            destination: destination.open_queue(writes, &event)?,
+            event,
+            slots: (0..SLOTS)
+                .map(|_| Slot {
+                    memory: Aligned::new(chunk),
+                    doing: Doing::Nothing,
+                    offset: 0,
+                    len: 0,
+                    pending: 0,
+                })
+                .collect(),
+            zeroes: Aligned::new(usize::try_from(BLOCK_BYTES).unwrap_or(0)),
+        })
+    }
+
+    /// Copies what the plan says.
+    pub(crate) fn run(&mut self, run: Run<'_>) -> std::result::Result<Tally, Stop> {
+        let mut tally = Tally::default();
+        let mut stop = None;
+        let mut complete = false;
+        let mut outstanding = 0u64;
+        let mut last = Instant::now();
+        loop {
+            let now = Instant::now();
+            if stop.is_none() && (run.cancelled)() {
+                stop = Some(Stop::Cancelled);
+            }
+            let mut held_back = None;
+            while stop.is_none() && !complete && outstanding < run.room.bytes() {
+                let Some(slot) = self.slots.iter().position(|it| it.doing == Doing::Nothing) else {
+                    break;
+                };
+                if run.deadline.is_some_and(|deadline| now > deadline) {
+                    stop = Some(Stop::Late);
+                    break;
+                }
+                held_back = run.pace.wait(now);
+                if held_back.is_some() {
+                    break;
+                }
+                match run.plan.next() {
+                    Ok(Some(chunk)) => outstanding += self.start(slot, chunk, now, run.pace),
+                    Ok(None) => complete = true,
+                    Err(seen) => stop = Some(Stop::Failed(seen)),
+                }
+            }
+            let idle = self.slots.iter().all(|it| it.doing == Doing::Nothing);
+            if idle && (complete || stop.is_some()) {
+                break;
+            }
+            if let Err(seen) = self.source.push().and_then(|()| self.destination.push()) {
+                // A broken ring: what is in flight may never come back. Dropping us waits for it.
+                return Err(Stop::Failed(seen));
+            }
+            let _ = self
+                .event
+                .wait(held_back.unwrap_or(LOOK_AROUND).min(LOOK_AROUND));
+            self.event.clear();
+            let ended = self.reap(run.fresh, &mut tally, &mut stop);
+            outstanding -= ended;
+            let now = Instant::now();
+            if ended > 0 {
+                run.pace.copied(now - last, ended);
+                (run.progress)(tally, run.pace.throughput());
+            }
+            // Time in which the rate limit let nothing happen is not copying time.
+            if ended > 0 || (held_back.is_some() && outstanding == 0) {
+                last = now;
+            }
+        }
+        match stop {
+            None => Ok(tally),
+            Some(stop) => Err(stop),
+        }
+    }
+
+    /// Makes what was written durable.
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        self.destination.submit(Request {
+            tag: 0,
+            op: Operation::Flush,
+            offset: 0,
+            buffers: Vec::new(),
+        });
+        let mut ended = None;
+        loop {
+            self.destination.push()?;
+            let _ = self.event.wait(LOOK_AROUND);
+            self.event.clear();
+            self.destination
+                .reap(&mut |completion| ended = Some(completion.result));
+            if let Some(result) = ended {
+                // The wake-up of a cancellation may have been cleared here: those who look for
+                // one do so by its flag.
+                return result;
+            }
+        }
+    }
+
+    fn start(&mut self, index: usize, chunk: Chunk, now: Instant, pace: &mut Pace) -> u64 {
+        let Some(slot) = self.slots.get_mut(index) else {
+            return 0;
+        };
+        let tag = index as u64;
+        match chunk {
+            Chunk::Copy { offset, len } => {
+                let len = len.min(CHUNK_BYTES);
+                pace.start(now, len);
+                slot.doing = Doing::Reading;
+                (slot.offset, slot.len) = (offset, len);
+                self.source.submit(Request {
+                    tag,
+                    op: Operation::Read,
+                    offset,
+                    buffers: vec![slot.memory.buffer(usize::try_from(len).unwrap_or(0))],
+                });
+                len
+            }
+            Chunk::Zero { offset, len } => {
+                slot.doing = Doing::Writing;
+                slot.pending = 1;
+                // It moves no data, so it takes no room.
+                (slot.offset, slot.len) = (offset, 0);
+                self.destination.submit(Request {
+                    tag,
+                    op: Operation::WriteZeroes { len, unmap: true },
+                    offset,
+                    buffers: Vec::new(),
+                });
+                0
+            }
+        }
+    }
+
+    /// Takes what has ended, on both sides; says how many bytes are no longer on their way.
+    fn reap(&mut self, fresh: Fresh, tally: &mut Tally, stop: &mut Option<Stop>) -> u64 {
+        let mut finished = 0;
+        let Self {
+            source,
+            destination,
+            slots,
+            zeroes,
+            ..
+        } = self;
+        let mut fail = |seen: Observation| {
+            if !matches!(stop, Some(Stop::Failed(_))) {
+                *stop = Some(Stop::Failed(seen));
+            }
+        };
+        source.reap(&mut |completion| {
+            let slot = usize::try_from(completion.tag).ok();
+            let Some(slot) = slot.and_then(|slot| slots.get_mut(slot)) else {
+                return;
+            };
+            match completion.result {
+                Ok(()) => {
+                    tally.read += slot.len;
+                    tally.written +=
+                        write(slot, completion.tag, destination.as_mut(), zeroes, fresh);
+                }
+                Err(seen) => fail(seen),
+            }
+            if slot.pending == 0 {
+                slot.doing = Doing::Nothing;
+                finished += slot.len;
+            } else {
+                slot.doing = Doing::Writing;
+            }
+        });
+        destination.reap(&mut |completion| {
+            let slot = usize::try_from(completion.tag).ok();
+            let Some(slot) = slot.and_then(|slot| slots.get_mut(slot)) else {
+                return;
+            };
+            if let Err(seen) = completion.result {
+                fail(seen);
+            }
+            slot.pending = slot.pending.saturating_sub(1);
+            if slot.pending == 0 {
+                slot.doing = Doing::Nothing;
+                finished += slot.len;
+            }
+        });
+        finished
+    }
+}
+
+/// Writes what was read: runs of blocks with data as they are, runs of zeroes as zeroes or, on a
+/// fresh destination, not at all. Returns the bytes of data.
+fn write(
+    slot: &mut Slot,
+    tag: u64,
+    destination: &mut dyn ImageQueue,
+    zeroes: &Aligned,
+    fresh: Fresh,
+) -> u64 {
+    let mut data = 0;
+    let mut at = 0;
+    while at < slot.len {
+        let zero = is_zero(slot, at, zeroes);
+        let mut end = (at + BLOCK_BYTES).min(slot.len);
+        while end < slot.len && is_zero(slot, end, zeroes) == zero {
+            end = (end + BLOCK_BYTES).min(slot.len);
+        }
+        let offset = slot.offset + at;
+        let len = end - at;
+        if !zero {
+            data += len;
+            slot.pending += 1;
+            let whole = slot.memory.buffer(usize::try_from(end).unwrap_or(0));
+            destination.submit(Request {
+                tag,
+                op: Operation::Write,
+                offset,
+                buffers: vec![whole.part(usize::try_from(at).unwrap_or(0), usize::MAX)],
+            });
+        } else if fresh == Fresh::No {
+            slot.pending += 1;
+            destination.submit(Request {
+                tag,
+                op: Operation::WriteZeroes { len, unmap: true },
+                offset,
+                buffers: Vec::new(),
+            });
+        }
+        at = end;
+    }
+    data
+}
+
+/// Whether the block of a chunk at `at` is zero. One comparison of memory, which is the fastest way
+/// there is, optimised build or not.
+fn is_zero(slot: &Slot, at: u64, zeroes: &Aligned) -> bool {
+    let from = usize::try_from(at).unwrap_or(0);
+    let to = usize::try_from((at + BLOCK_BYTES).min(slot.len)).unwrap_or(0);
+    match (
+        slot.memory.bytes().get(from..to),
+        zeroes.bytes().get(..to - from),
+    ) {
+        (Some(block), Some(zeroes)) => block == zeroes,
+        _ => false,
+    }
+}

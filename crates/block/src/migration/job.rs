@@ -1,0 +1,525 @@
+//! The main flow of a migration.
+//!
+//! ```text
+//!  Preparing ─► Copying ─► first pass ─► passes while they shrink what is left
+//!                             │
+//!                             ├─ never small enough ─────────────────────────► Failed
+//!                             ▼
+//!               within the allowed pause: flush the destination, open its queues, journal
+//!                             │
+//!                             ├─ still shrinking: one more pass, one more flush
+//!                             ▼
+//!               Suspended: gate closed, last blocks, flush ── too late ─► open, back to passes
+//!                             ▼
+//!               AwaitingCommit ─► committed: replace the image, open ────────► Completed
+//!                             └─► refused: open ─────────────────────────────► Failed
+//! ```
+//!
+//! Cancellation and failures leave from every point before AwaitingCommit; [`Pause`] opens the gate
+//! and resumes the VM however its scope is left.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use strake_api::job::{MigrationLimits, PassReport, Phase, Suspend};
+use strake_observe::{Observation, Result, Task};
+
+use super::copier::{Copier, Room, Run, Stop, Tally};
+use super::journal::{Durable, Journal};
+use super::pace::{Pace, rate};
+use super::plan::{DirtyPass, FirstPass, Fresh, Plan, allocated_bytes};
+use super::{Control, SwitchHooks};
+use crate::{
+    CommitRefused, DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed,
+    NotConverging, PauseTooLong,
+};
+
+/// A pause that is not worth another pass: below it what remains is the latency of the last few
+/// requests.
+const GOOD_PAUSE: Duration = Duration::from_millis(4);
+
+/// A pass has shrunk what is left if it is below this share of what it was, in percent.
+const SHRUNK_PERCENT: u64 = 90;
+
+/// Passes in a row that may fail to shrink what is left while it is too much for the pause.
+const STALLED_PASSES: u32 = 5;
+
+/// How often the switch is tried when the devices turn out too slow for the allowed pause.
+const SWITCH_ATTEMPTS: u32 = 5;
+
+/// The least time that requests inside the gate get to end, however short the allowed pause.
+const LEAST_DRAIN: Duration = Duration::from_millis(50);
+
+pub(crate) struct Job {
+    disk: Arc<LiveDisk>,
+    source: Arc<dyn Image>,
+    destination: Arc<dyn Image>,
+    journal: Journal,
+    limits: MigrationLimits,
+    hooks: Arc<dyn SwitchHooks>,
+    control: Arc<Control>,
+    bitmap: Arc<DirtyBitmap>,
+    /// What the last pass copied: a block of it that is dirty again is hot.
+    recent: DirtyBitmap,
+    copier: Copier,
+    pace: Pace,
+    /// How long the last flush of the destination took.
+    flush: Duration,
+}
+
+/// How a job ends, other than by moving the disk.
+enum End {
+    Cancelled,
+    Failed(Observation),
+}
+
+impl From<Observation> for End {
+    fn from(seen: Observation) -> Self {
+        Self::Failed(seen)
+    }
+}
+
+impl From<Stop> for End {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            // Late comes only from a copy with a deadline, whose caller looks for it.
+            Stop::Cancelled | Stop::Late => Self::Cancelled,
+            Stop::Failed(seen) => Self::Failed(seen),
+        }
+    }
+}
+
+/// Why a switch did not happen, though it may the next time.
+struct TooLate {
+    took: Duration,
+}
+
+enum Switch {
+    Done,
+    TooLate(TooLate),
+}
+
+impl Job {
+    pub(crate) fn new(
+        disk: Arc<LiveDisk>,
+        source: Arc<dyn Image>,
+        destination: Arc<dyn Image>,
+        journal: Journal,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+        control: Arc<Control>,
+    ) -> Result<Self> {
+        let copier = Copier::new(
+            source.as_ref(),
+            destination.as_ref(),
+            Arc::clone(&control.event),
+        )?;
+        let size = disk.size();
+        Ok(Self {
+            disk,
+            source,
+            destination,
+            journal,
+            pace: Pace::new(limits.bytes_per_second),
+            limits,
+            hooks,
+            control,
+            bitmap: Arc::new(DirtyBitmap::new(size)),
+            recent: DirtyBitmap::new(size),
+            copier,
+            flush: Duration::ZERO,
+        })
+    }
+
+    /// The thread.
+    pub(crate) fn run(mut self) {
+        self.disk.begin_tracking(Arc::clone(&self.bitmap));
+        let end = self.migrate();
+        self.disk.end_tracking();
+        if end.is_err() {
+            self.disk.unprepare();
+        }
+        let (phase, failure) = match end {
+            Ok(()) => (Phase::Completed, None),
+            Err(End::Cancelled) => (Phase::Cancelled, None),
+            Err(End::Failed(cause)) => {
+                let mut task = Task::begin("migrate a disk");
+                task.saw(cause);
+                let failure = task.fail(MigrationFailed {
+                    job: self.control.job.to_string(),
+                    disk: self.disk.name().to_owned(),
+                    source: self.source.path().to_owned(),
+                    destination: self.destination.path().to_owned(),
+                });
+                (Phase::Failed, Some(failure))
+            }
+        };
+        // The journal only helps whoever cleans up: that it cannot be written ends nothing here.
+        if let Err(seen) = self.journal.reach(phase, Durable::Now) {
+            let mut task = Task::begin("note a migration's end in its journal");
+            task.saw(seen);
+            task.succeed();
+        }
+        let Self {
+            disk,
+            source,
+            destination,
+            hooks,
+            control,
+            copier,
+            ..
+        } = self;
+        // Everything that holds an image is gone when the job counts as ended.
+        drop((copier, source, destination));
+        disk.release();
+        drop(disk);
+        control.update(|status| {
+            status.phase = phase;
+            status.failure = failure;
+            status.expected_pause_ms = None;
+        });
+        hooks.ended(&control.status());
+        control.end();
+    }
+
+    fn migrate(&mut self) -> Result<(), End> {
+        self.still_there()?;
+        // Only what reads as zeroes everywhere may keep holes where the source has them.
+        let fresh = match self.destination.allocated(0)? {
+            None => Fresh::Yes,
+            Some(_) => Fresh::No,
+        };
+        self.journal.reach(Phase::Copying, Durable::Now)?;
+        self.control.update(|status| status.phase = Phase::Copying);
+        self.first_pass(fresh)?;
+
+        let mut before = u64::MAX;
+        let mut stalled = 0;
+        let mut attempts = 0;
+        let mut prepared = false;
+        loop {
+            self.go_on()?;
+            let mut dirty = self.bitmap.marked_bytes();
+            let mut within = self.expected_pause(dirty) <= self.allowed();
+            if within {
+                if !prepared {
+                    self.disk.prepare(&self.destination)?;
+                    self.journal.reach(Phase::Suspended, Durable::Now)?;
+                    prepared = true;
+                }
+                self.flush_destination()?;
+                // The guest went on writing meanwhile.
+                dirty = self.bitmap.marked_bytes();
+                within = self.expected_pause(dirty) <= self.allowed();
+            }
+            let shrunk = dirty < before.saturating_mul(SHRUNK_PERCENT) / 100;
+            let last = self.passes() >= self.limits.max_passes;
+            let good = self.expected_pause(dirty) <= GOOD_PAUSE + self.flush;
+            if within && (good || !shrunk || last) {
+                match self.switch()? {
+                    Switch::Done => return Ok(()),
+                    Switch::TooLate(late) => {
+                        attempts += 1;
+                        if attempts >= SWITCH_ATTEMPTS {
+                            return Err(self.pause_too_long(attempts, &late).into());
+                        }
+                        before = u64::MAX;
+                    }
+                }
+            } else if within || shrunk {
+                stalled = 0;
+                before = dirty;
+            } else {
+                stalled += 1;
+            }
+            if !within && (stalled >= STALLED_PASSES || last) {
+                return Err(self.not_converging(dirty).into());
+            }
+            self.dirty_pass()?;
+        }
+    }
+
+    fn first_pass(&mut self, fresh: Fresh) -> Result<(), End> {
+        let size = self.disk.size();
+        let planned = allocated_bytes(self.source.as_ref(), size)?;
+        let mut plan = FirstPass::new(
+            Arc::clone(&self.source),
+            Arc::clone(&self.bitmap),
+            size,
+            fresh,
+        );
+        self.pass(&mut plan, planned, fresh, Room::BesideGuest, None)?;
+        Ok(())
+    }
+
+    /// Copies what was marked since, but for the blocks that the guest rewrites all the time:
+    /// they are left for the last pass as long as they are few.
+    fn dirty_pass(&mut self) -> Result<(), End> {
+        let bitmap = Arc::clone(&self.bitmap);
+        let size = self.disk.size();
+        let hot = DirtyBitmap::new(size);
+        let mut at = 0;
+        while let Some(block) = bitmap.next_marked(at) {
+            if self.recent.is_marked(block) {
+                hot.mark(block * crate::BLOCK_BYTES, 1);
+            }
+            at = block + 1;
+        }
+        let hot_bytes = hot.marked_bytes();
+        // Few enough that the pause stays a good one.
+        let few = self.expected_pause(hot_bytes) <= GOOD_PAUSE + self.flush;
+        let leave = few.then_some(&hot);
+        let left = if few { hot_bytes } else { 0 };
+        let planned = bitmap.marked_bytes().saturating_sub(left);
+        let copied = DirtyBitmap::new(size);
+        let mut plan = DirtyPass::new(&bitmap, size, leave, Some(&copied));
+        self.pass(&mut plan, planned, Fresh::No, Room::BesideGuest, None)?;
+        if few {
+            // What was left stays hot.
+            let mut at = 0;
+            while let Some(block) = hot.next_marked(at) {
+                copied.mark(block * crate::BLOCK_BYTES, 1);
+                at = block + 1;
+            }
+        }
+        self.recent = copied;
+        Ok(())
+    }
+
+    fn pass(
+        &mut self,
+        plan: &mut dyn Plan,
+        planned: u64,
+        fresh: Fresh,
+        room: Room,
+        deadline: Option<Instant>,
+    ) -> Result<(), Stop> {
+        let control = Arc::clone(&self.control);
+        let began = Instant::now();
+        control.update(|status| {
+            let number = u32::try_from(status.passes.len()).unwrap_or(u32::MAX) + 1;
+            status.passes.push(PassReport {
+                number,
+                planned_bytes: planned,
+                ..PassReport::default()
+            });
+        });
+        let report = |tally: Option<Tally>, throughput: Option<u64>, dirty: Option<u64>| {
+            control.update(|status| {
+                if let Some(throughput) = throughput {
+                    status.throughput = throughput;
+                }
+                if let Some(pass) = status.passes.last_mut() {
+                    if let Some(tally) = tally {
+                        pass.read_bytes = tally.read;
+                        pass.written_bytes = tally.written;
+                    }
+                    pass.elapsed_ms =
+                        u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    if let Some(dirty) = dirty {
+                        pass.dirty_after_bytes = dirty;
+                    }
+                }
+            });
+        };
+        // Inside the pause the limit would only make the guest wait longer.
+        let mut unlimited = Pace::new(None);
+        let pace = match room {
+            Room::BesideGuest => &mut self.pace,
+            Room::Alone => &mut unlimited,
+        };
+        let result = self.copier.run(Run {
+            plan,
+            fresh,
+            room,
+            pace,
+            deadline,
+            cancelled: &|| control.is_cancelled(),
+            progress: &mut |tally, throughput| report(Some(tally), Some(throughput), None),
+        });
+        let dirty = self.bitmap.marked_bytes();
+        report(result.as_ref().ok().copied(), None, Some(dirty));
+        let expected = self.expected_pause(dirty);
+        control.update(|status| {
+            status.expected_pause_ms = Some(expected.as_secs_f64() * 1000.0);
+        });
+        result.map(|_| ())
+    }
+
+    /// Closes the gate, copies what is left, asks the daemon and does what it decides.
+    fn switch(&mut self) -> Result<Switch, End> {
+        self.still_there()?;
+        let allowed = self.allowed();
+        let pause = Pause::new(&self.disk, &self.hooks, &self.control, self.limits.suspend)?;
+        let deadline = pause.began + allowed;
+        let too_late = |pause: &Pause| {
+            Ok(Switch::TooLate(TooLate {
+                took: pause.began.elapsed(),
+            }))
+        };
+        if !pause.close_gate(allowed.max(LEAST_DRAIN)) {
+            return too_late(&pause);
+        }
+        self.control
+            .update(|status| status.phase = Phase::Suspended);
+        let bitmap = Arc::clone(&self.bitmap);
+        let planned = bitmap.marked_bytes();
+        let mut plan = DirtyPass::new(&bitmap, self.disk.size(), None, None);
+        match self.pass(&mut plan, planned, Fresh::No, Room::Alone, Some(deadline)) {
+            Ok(()) => {}
+            Err(Stop::Late) => {
+                self.control.update(|status| status.phase = Phase::Copying);
+                return too_late(&pause);
+            }
+            Err(stop) => return Err(stop.into()),
+        }
+        // With the gate closed and drained every change is marked, and every mark was copied.
+        if bitmap.marked() != 0 {
+            debug_assert!(false, "a block was marked while the gate was closed");
+            return too_late(&pause);
+        }
+        self.copier.flush()?;
+        self.still_there()?;
+        if !self.control.ask() {
+            return Err(End::Cancelled);
+        }
+        self.control
+            .update(|status| status.phase = Phase::AwaitingCommit);
+        // Need not be durable: the record before it already says that the inventory knows.
+        self.journal.reach(Phase::AwaitingCommit, Durable::Later)?;
+        self.hooks.await_commit(&self.control.job);
+        if self.control.decision() {
+            self.disk.replace(Arc::clone(&self.destination));
+            self.disk.end_tracking();
+            drop(pause);
+            Ok(Switch::Done)
+        } else {
+            drop(pause);
+            Err(Observation::from(CommitRefused {
+                job: self.control.job.to_string(),
+            })
+            .into())
+        }
+    }
+
+    fn flush_destination(&mut self) -> Result<()> {
+        let began = Instant::now();
+        self.copier.flush()?;
+        self.flush = began.elapsed();
+        Ok(())
+    }
+
+    fn go_on(&self) -> Result<(), End> {
+        if self.control.is_cancelled() {
+            return Err(End::Cancelled);
+        }
+        self.still_there()?;
+        Ok(())
+    }
+
+    fn still_there(&self) -> Result<()> {
+        if self.destination.is_removed()? {
+            return Err(DestinationRemoved {
+                path: self.destination.path().to_owned(),
+            }
+            .into());
+        }
+        Ok(())
+    }
+
+    fn allowed(&self) -> Duration {
+        Duration::from_millis(self.limits.pause_ms)
+    }
+
+    /// How long the gate would be closed if `bytes` were left: their copy at the measured speed,
+    /// and a flush like the last one.
+    fn expected_pause(&self, bytes: u64) -> Duration {
+        let throughput = self.pace.throughput();
+        if bytes == 0 || throughput == 0 {
+            // Nothing was copied yet, so nothing is known: an empty disk.
+            return self.flush;
+        }
+        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(throughput);
+        self.flush + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    }
+
+    fn passes(&self) -> u32 {
+        u32::try_from(self.control.status().passes.len()).unwrap_or(u32::MAX)
+    }
+
+    fn not_converging(&self, dirty: u64) -> Observation {
+        let status = self.control.status();
+        let write_rate = status.passes.last().map_or(0, |pass| {
+            rate(
+                pass.dirty_after_bytes,
+                Duration::from_millis(pass.elapsed_ms.max(1)),
+            )
+        });
+        NotConverging {
+            passes: self.passes(),
+            write_rate,
+            copy_rate: self.pace.throughput(),
+            dirty,
+            expected_pause_ms: u64::try_from(self.expected_pause(dirty).as_millis())
+                .unwrap_or(u64::MAX),
+            pause_ms: self.limits.pause_ms,
+        }
+        .into()
+    }
+
+    fn pause_too_long(&self, attempts: u32, late: &TooLate) -> Observation {
+        PauseTooLong {
+            attempts,
+            took_ms: u64::try_from(late.took.as_millis()).unwrap_or(u64::MAX),
+            pause_ms: self.limits.pause_ms,
+        }
+        .into()
+    }
+}
+
+/// The scope in which the guest waits. However it is left, the gate opens and the VM goes on.
+struct Pause {
+    disk: Arc<LiveDisk>,
+    hooks: Arc<dyn SwitchHooks>,
+    control: Arc<Control>,
+    suspend: Suspend,
+    began: Instant,
+}
+
+impl Pause {
+    fn new(
+        disk: &Arc<LiveDisk>,
+        hooks: &Arc<dyn SwitchHooks>,
+        control: &Arc<Control>,
+        suspend: Suspend,
+    ) -> Result<Self> {
+        let began = Instant::now();
+        if suspend == Suspend::Vm {
+            hooks.suspend_vm()?;
+        }
+        Ok(Self {
+            disk: Arc::clone(disk),
+            hooks: Arc::clone(hooks),
+            control: Arc::clone(control),
+            suspend,
+            began,
+        })
+    }
+
+    /// False if the requests inside did not end in time.
+    fn close_gate(&self, limit: Duration) -> bool {
+        self.disk.suspend(limit)
+    }
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        self.disk.resume();
+        if self.suspend == Suspend::Vm {
+            self.hooks.resume_vm();
+        }
+        let took = self.began.elapsed();
+        self.control
+            .update(|status| status.pause_ms = Some(took.as_secs_f64() * 1000.0));
+    }
+}

@@ -1,0 +1,236 @@
+//! What a pass copies, chunk by chunk.
+//!
+//! A chunk is planned at the moment at which the copier has room for it, so that a block that is
+//! written again until then is copied once. Planning a chunk clears the bits of its blocks; they
+//! are read after that (see `bitmap.rs`).
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use strake_observe::Result;
+
+use crate::{BLOCK_BYTES, DirtyBitmap, Image};
+
+/// The most that is copied at once. Large enough that devices reach their sequential speed, small
+/// enough that a guest's request behind one chunk waits a millisecond or so.
+pub(crate) const CHUNK_BYTES: u64 = 1024 * 1024;
+
+/// The most that is zeroed at once: a device that has to write the zeroes must not make a
+/// cancellation wait.
+const ZERO_BYTES: u64 = 16 * 1024 * 1024;
+
+/// Clean blocks between two dirty ones that are copied along: reading one more block costs less
+/// than one more request.
+const GAP_BLOCKS: u64 = 1;
+
+/// What is to be done with a range of the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Chunk {
+    /// Read it and write it.
+    Copy { offset: u64, len: u64 },
+    /// The source has nothing there, the destination may have: make it zeroes.
+    Zero { offset: u64, len: u64 },
+}
+
+/// The chunks of one pass, in ascending order.
+pub(crate) trait Plan {
+    /// The next chunk; none when the pass is complete.
+    fn next(&mut self) -> Result<Option<Chunk>>;
+}
+
+/// What a destination holds before the first pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fresh {
+    /// It reads as zeroes everywhere.
+    Yes,
+    /// Anything.
+    No,
+}
+
+/// The first pass: what is allocated.
+#[derive(Debug)]
+pub(crate) struct FirstPass {
+    source: Arc<dyn Image>,
+    bitmap: Arc<DirtyBitmap>,
+    size: u64,
+    fresh: Fresh,
+    at: u64,
+    ahead: VecDeque<Ahead>,
+}
+
+#[derive(Debug)]
+enum Ahead {
+    Hole(Range<u64>),
+    Data(Range<u64>),
+}
+
+impl FirstPass {
+    pub(crate) fn new(
+        source: Arc<dyn Image>,
+        bitmap: Arc<DirtyBitmap>,
+        size: u64,
+        fresh: Fresh,
+    ) -> Self {
+        Self {
+            source,
+            bitmap,
+            size,
+            fresh,
+            at: 0,
+            ahead: VecDeque::new(),
+        }
+    }
+
+    /// Looks for the next allocated range. Data is taken in whole blocks, so that a block is
+    /// either copied or a hole.
+    fn look(&mut self) -> Result<()> {
+        if self.at >= self.size {
+            return Ok(());
+        }
+        let found = self.source.allocated(self.at)?;
+        let found = found.filter(|range| range.start < self.size && range.start < range.end);
+        let (start, end) = match found {
+            Some(range) => {
+                let start = range.start - range.start % BLOCK_BYTES;
+                (
+                    start.max(self.at),
+                    range.end.next_multiple_of(BLOCK_BYTES).min(self.size),
+                )
+            }
+            None => (self.size, self.size),
+        };
+        if self.at < start && self.fresh == Fresh::No {
+            self.ahead.push_back(Ahead::Hole(self.at..start));
+        }
+        if start < end {
+            self.ahead.push_back(Ahead::Data(start..end));
+        }
+        self.at = end;
+        Ok(())
+    }
+}
+
+impl Plan for FirstPass {
+    fn next(&mut self) -> Result<Option<Chunk>> {
+        if self.ahead.is_empty() {
+            self.look()?;
+        }
+        let Some(ahead) = self.ahead.pop_front() else {
+            return Ok(None);
+        };
+        match ahead {
+            // The bits of a hole stay as they are: what the guest writes into it from now on is
+            // marked and copied by a later pass.
+            Ahead::Hole(hole) => {
+                let end = hole.end.min(hole.start + ZERO_BYTES);
+                if end < hole.end {
+                    self.ahead.push_front(Ahead::Hole(end..hole.end));
+                }
+                Ok(Some(Chunk::Zero {
+                    offset: hole.start,
+                    len: end - hole.start,
+                }))
+            }
+            Ahead::Data(data) => {
+                let end = data
+                    .end
+                    .min(data.start - data.start % CHUNK_BYTES + CHUNK_BYTES);
+                if end < data.end {
+                    self.ahead.push_front(Ahead::Data(end..data.end));
+                }
+                for block in data.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES) {
+                    let _ = self.bitmap.take(block);
+                }
+                Ok(Some(Chunk::Copy {
+                    offset: data.start,
+                    len: end - data.start,
+                }))
+            }
+        }
+    }
+}
+
+/// A later pass: what was marked since.
+#[derive(Debug)]
+pub(crate) struct DirtyPass<'a> {
+    bitmap: &'a DirtyBitmap,
+    size: u64,
+    at: u64,
+    /// Blocks to leave for the last pass, if any.
+    leave: Option<&'a DirtyBitmap>,
+    /// What this pass copies is noted here.
+    copied: Option<&'a DirtyBitmap>,
+}
+
+impl<'a> DirtyPass<'a> {
+    pub(crate) fn new(
+        bitmap: &'a DirtyBitmap,
+        size: u64,
+        leave: Option<&'a DirtyBitmap>,
+        copied: Option<&'a DirtyBitmap>,
+    ) -> Self {
+        Self {
+            bitmap,
+            size,
+            at: 0,
+            leave,
+            copied,
+        }
+    }
+
+    fn wanted(&self, block: u64) -> bool {
+        self.bitmap.is_marked(block) && !self.leave.is_some_and(|leave| leave.is_marked(block))
+    }
+}
+
+impl Plan for DirtyPass<'_> {
+    fn next(&mut self) -> Result<Option<Chunk>> {
+        let first = loop {
+            let Some(block) = self.bitmap.next_marked(self.at) else {
+                return Ok(None);
+            };
+            if self.wanted(block) {
+                break block;
+            }
+            self.at = block + 1;
+        };
+        let most = first + CHUNK_BYTES / BLOCK_BYTES;
+        let mut end = first + 1;
+        let mut look = end;
+        while look < most.min(self.bitmap.blocks()) && look - end <= GAP_BLOCKS {
+            if self.wanted(look) {
+                end = look + 1;
+            }
+            look += 1;
+        }
+        for block in first..end {
+            if self.bitmap.take(block) {
+                if let Some(copied) = self.copied {
+                    copied.mark(block * BLOCK_BYTES, 1);
+                }
+            }
+        }
+        self.at = end;
+        let offset = first * BLOCK_BYTES;
+        Ok(Some(Chunk::Copy {
+            offset,
+            len: (end * BLOCK_BYTES).min(self.size) - offset,
+        }))
+    }
+}
+
+/// How many bytes the first pass has before it.
+pub(crate) fn allocated_bytes(source: &dyn Image, size: u64) -> Result<u64> {
+    let mut sum = 0;
+    let mut at = 0;
+    while let Some(range) = source.allocated(at)? {
+        let end = range.end.min(size);
+        if range.start >= end {
+            break;
+        }
+        sum += end - range.start;
+        at = end;
+    }
+    Ok(sum)
+}
