@@ -25,7 +25,7 @@ mod task;
 pub use catalog::{Entry, Kind};
 pub use observation::{Because, Emitter, Observation, Record, Result, set_process_name};
 pub use os::{CATALOG as OS_CATALOG, OsCallFailed, OsContext, errno_name};
-pub use recorder::{FlightRecorder, RECORDER_CAPACITY, Recorded, State, recorder};
+pub use recorder::{FlightRecorder, RECORDER_CAPACITY, Recorded, State, Watcher, recorder};
 pub use render::{Style, render};
 pub use task::Task;
 

@@ -1,7 +1,7 @@
 //! The flight recorder: the last observations of this process.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -36,9 +36,20 @@ pub struct Recorded {
 }
 
 /// A bounded memory of observations, open and cleared.
-#[derive(Debug)]
 pub struct FlightRecorder {
     inner: Mutex<Inner>,
+    watcher: OnceLock<Watcher>,
+}
+
+/// What is called after each record, in the thread that recorded. It must not wait.
+pub type Watcher = Box<dyn Fn() + Send + Sync>;
+
+impl std::fmt::Debug for FlightRecorder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("FlightRecorder")
+            .field("inner", &self.inner)
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -70,7 +81,14 @@ impl FlightRecorder {
                 next: 1,
                 entries: VecDeque::new(),
             }),
+            watcher: OnceLock::new(),
         }
+    }
+
+    /// Calls `watcher` after each record from now on: for whoever passes records on to another
+    /// process. Only the first call counts.
+    pub fn watch(&self, watcher: Watcher) {
+        let _ = self.watcher.set(watcher);
     }
 
     /// Keeps one observation and returns its sequence number.
@@ -87,6 +105,10 @@ impl FlightRecorder {
             state,
             observation,
         });
+        drop(inner);
+        if let Some(watcher) = self.watcher.get() {
+            watcher();
+        }
         seq
     }
 

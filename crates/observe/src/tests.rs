@@ -143,3 +143,20 @@ proptest! {
         prop_assert!(!render(&arrived, Style::Plain).contains('\x1b'));
     }
 }
+
+#[test]
+fn a_watcher_hears_of_each_record() {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    let recorder = crate::FlightRecorder::new();
+    let heard = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&heard);
+    recorder.watch(Box::new(move || {
+        counter.fetch_add(1, Ordering::Relaxed);
+    }));
+    let seen: Observation =
+        crate::OsCallFailed::new("open", "x", &std::io::Error::other("no")).into();
+    recorder.record(seen.clone(), crate::State::Open);
+    recorder.record(seen, crate::State::Open);
+    assert_eq!(heard.load(Ordering::Relaxed), 2);
+}
