@@ -9,8 +9,12 @@ use std::sync::OnceLock;
 
 use rustix::process::{Signal, getpid, kill_process};
 
-/// Every crash point, in the order in which a migration passes them.
+/// Every crash point, in the order in which a start and a migration pass them.
 pub const CRASH_POINTS: &[&str] = &[
+    "before-spawn",
+    "after-spawn",
+    "after-configure",
+    "after-start",
     "after-job-reserved",
     "after-destination-created",
     "after-job-recorded",

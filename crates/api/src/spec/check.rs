@@ -115,7 +115,6 @@ pub(super) fn problems(spec: &VmSpec) -> Vec<Problem> {
         device_name(&mut found, &at, &disk.name, &mut names);
         one_disk(&mut found, &at, disk, &mut images);
     }
-    let mut names = BTreeSet::new();
     let mut taps = BTreeSet::new();
     let mut macs = BTreeSet::new();
     for (index, nic) in spec.nics.iter().enumerate() {

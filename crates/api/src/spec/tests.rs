@@ -267,6 +267,14 @@ fn each_problem_has_its_place() {
             "15",
         ),
         (
+            "name = \"net0\"",
+            "name = \"root\"",
+            "nic[0].name",
+            26,
+            1,
+            "another 'root'",
+        ),
+        (
             "52:54:00:12:34:56",
             "52:54:00:12:34",
             "nic[0].mac",

@@ -25,6 +25,7 @@ use strake_observe::{Because, Observation, Result, Task};
 use super::launch::Launch;
 use super::live::{Cell, Monitor, state_name};
 use super::{Host, guard, note, now_ms, private, task};
+use crate::crash;
 use crate::inventory::{StoredState, VmRecord};
 use crate::monitor::connection::{Connection, Greeting, Incoming, QUICK};
 use crate::monitor::process::Process;
@@ -133,7 +134,9 @@ impl Host {
         self.inventory.vm_starting(name)?;
         let socket = self.config.control_socket(name);
         let log = self.config.monitor_log(name);
+        crash::point("before-spawn");
         let child = spawn::spawn(&self.config.vmm, name, &socket, &log)?;
+        crash::point("after-spawn");
         let mut newborn = Newborn::Child(child);
         let seen = match self.bring_up(&launch, &socket, &mut newborn) {
             Ok((connection, events, started_ms)) => {
@@ -174,7 +177,9 @@ impl Host {
         let process = newborn.hold(&greeting)?;
         let configure = Request::Configure(Box::new(launch.config.clone()));
         connection.call("configure", configure, &launch.fds(), CONFIGURE_PATIENCE)?;
+        crash::point("after-configure");
         connection.call("start", Request::Start, &[], QUICK)?;
+        crash::point("after-start");
         let started_ms = now_ms();
         self.inventory
             .vm_running(&launch.config.vm, process.identity(), started_ms)?;

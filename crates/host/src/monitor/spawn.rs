@@ -45,7 +45,7 @@ pub(crate) fn spawn(program: &Path, vm: &str, socket: &Path, log: &Path) -> Resu
     writeln!(log_file, "{LOG_MARK} '{vm}'").os("write", log.display())?;
     let mut command = Command::new(program);
     command
-        .arg("--vm")
+        .arg("--name")
         .arg(vm)
         .env_clear()
         .envs(

@@ -1,0 +1,185 @@
+//! The "guest": what it was given, and what it is told over its console.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::process::{abort, exit};
+
+use strake_api::control::{
+    DiskCounters, DiskStatus, Event, ExitReason, FdIndex, MachineConfig, Reply, Request, RunState,
+    VmStatus,
+};
+
+use crate::jobs::{Job, Order};
+use crate::{buffered, read_some, say, staged};
+
+pub(crate) struct Disk {
+    pub(crate) name: String,
+    /// The image that the guest writes to: with its lock, the authoritative one.
+    pub(crate) image: File,
+}
+
+pub(crate) struct Machine {
+    pub(crate) name: String,
+    pub(crate) cmdline: String,
+    pub(crate) disks: Vec<Disk>,
+    pub(crate) consoles: Vec<UnixStream>,
+    pub(crate) jobs: Vec<Job>,
+    log: File,
+    state: RunState,
+    /// Descriptors of which only the holding counts: /dev/kvm, memory, kernel, taps.
+    _others: Vec<OwnedFd>,
+}
+
+impl Machine {
+    pub(crate) fn new(config: &MachineConfig, cmdline: String, fds: Vec<OwnedFd>) -> Self {
+        let mut fds: Vec<Option<OwnedFd>> = fds.into_iter().map(Some).collect();
+        let mut take = |index: FdIndex| {
+            let fd = fds.get_mut(usize::from(index.0)).and_then(Option::take);
+            fd.unwrap_or_else(|| exit(4))
+        };
+        let log = File::from(take(config.console_log));
+        let disks = config
+            .disks
+            .iter()
+            .map(|disk| Disk {
+                name: disk.name.clone(),
+                image: buffered(take(disk.image)),
+            })
+            .collect();
+        Self {
+            name: config.vm.clone(),
+            cmdline,
+            disks,
+            consoles: Vec::new(),
+            jobs: Vec::new(),
+            log,
+            state: RunState::Built,
+            _others: fds.into_iter().flatten().collect(),
+        }
+    }
+
+    /// Whether the command line has the word.
+    pub(crate) fn told(&self, word: &str) -> bool {
+        self.cmdline.split_whitespace().any(|other| other == word)
+    }
+
+    pub(crate) fn awaiting(&self) -> impl Iterator<Item = Event> + '_ {
+        let awaiting = self.jobs.iter().filter(|job| job.awaits());
+        awaiting.map(|job| Event::JobAwaitsCommit {
+            job: job.status.job.clone(),
+        })
+    }
+
+    pub(crate) fn answer(
+        &mut self,
+        request: Request,
+        mut fds: Vec<OwnedFd>,
+    ) -> (Option<Reply>, Vec<Event>) {
+        let mut events = Vec::new();
+        let reply = match request {
+            Request::Start => {
+                if self.told("crash-on-start") {
+                    eprintln!("crashes on start");
+                    abort();
+                }
+                self.state = RunState::Running;
+                say(&mut self.log, &mut self.consoles, "guest boots\n");
+                Reply::Done
+            }
+            Request::Pause => self.becomes(RunState::Paused, &mut events),
+            Request::Resume => self.becomes(RunState::Running, &mut events),
+            Request::Status => Reply::Status(self.status()),
+            Request::PowerButton => {
+                if !self.told("deaf") {
+                    events.push(Event::State(RunState::Exited(ExitReason::GuestPowerOff)));
+                }
+                Reply::Done
+            }
+            Request::AttachConsole { .. } => match fds.pop() {
+                Some(stream) => {
+                    self.consoles.push(UnixStream::from(stream));
+                    Reply::Done
+                }
+                None => Reply::Failed(staged("no descriptor")),
+            },
+            Request::MigrateDisk { job, disk, .. } => {
+                let order = Order { job, disk };
+                self.migrate(order, fds, &mut events)
+            }
+            Request::JobStatus { job } => match self.job(&job) {
+                Some(job) => Reply::Job(job.status.clone()),
+                None => Reply::Failed(staged("no such job")),
+            },
+            Request::CancelJob { job } => self.cancel(&job, &mut events),
+            Request::JobDecision { job, committed } => self.decided(&job, committed, &mut events),
+            Request::Hello { .. } | Request::Configure(_) | Request::Stop => Reply::Done,
+        };
+        (Some(reply), events)
+    }
+
+    fn becomes(&mut self, state: RunState, events: &mut Vec<Event>) -> Reply {
+        self.state = state.clone();
+        events.push(Event::State(state));
+        Reply::Done
+    }
+
+    fn status(&self) -> VmStatus {
+        VmStatus {
+            state: self.state.clone(),
+            uptime_ms: 1,
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| DiskStatus {
+                    name: disk.name.clone(),
+                    size_bytes: disk.image.metadata().map_or(0, |meta| meta.len()),
+                    counters: DiskCounters {
+                        reads: 7,
+                        ..DiskCounters::default()
+                    },
+                })
+                .collect(),
+            jobs: self.jobs.iter().map(|job| job.status.clone()).collect(),
+        }
+    }
+
+    /// Does what the lines say, and says them back.
+    pub(crate) fn console_input(&mut self, index: usize) -> Vec<Event> {
+        let Some(text) = self.consoles.get_mut(index).and_then(read_some) else {
+            self.consoles.remove(index);
+            return Vec::new();
+        };
+        let mut events = Vec::new();
+        for line in text.lines() {
+            self.command(line, &mut events);
+            say(&mut self.log, &mut self.consoles, &format!("did {line}\n"));
+        }
+        events
+    }
+
+    fn command(&mut self, line: &str, events: &mut Vec<Event>) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let exited = |reason| Event::State(RunState::Exited(reason));
+        match words.as_slice() {
+            ["crash"] => {
+                eprintln!("crashes because a test says so");
+                abort();
+            }
+            ["poweroff"] => events.push(exited(ExitReason::GuestPowerOff)),
+            ["reset"] => events.push(exited(ExitReason::GuestReset)),
+            ["fail"] => events.push(exited(ExitReason::Failed(staged("fail")))),
+            ["observe"] => events.push(Event::Observed(staged("observe"))),
+            // The guest writes and flushes.
+            ["write", at, what] => {
+                if let (Some(disk), Ok(at)) = (self.disks.first(), at.parse()) {
+                    let _ = disk.image.write_all_at(what.as_bytes(), at);
+                    let _ = disk.image.sync_all();
+                }
+            }
+            ["go"] => self.go_on(events),
+            _ => {}
+        }
+    }
+}

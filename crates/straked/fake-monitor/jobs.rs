@@ -1,0 +1,192 @@
+//! Migrations: one copy, then the question for the commit.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::process::abort;
+
+use strake_api::control::{Event, Reply};
+use strake_api::job::{JobId, MigrationStatus, PassReport, Phase};
+use strake_observe::{OsContext, Result};
+
+use crate::guest::Machine;
+use crate::{buffered, staged};
+
+/// What is to be migrated.
+pub(crate) struct Order {
+    pub(crate) job: JobId,
+    pub(crate) disk: String,
+}
+
+pub(crate) struct Job {
+    pub(crate) status: MigrationStatus,
+    destination: Option<File>,
+    _journal: Option<OwnedFd>,
+}
+
+impl Job {
+    pub(crate) fn awaits(&self) -> bool {
+        self.status.phase == Phase::AwaitingCommit
+    }
+}
+
+impl Machine {
+    pub(crate) fn job(&mut self, id: &JobId) -> Option<&mut Job> {
+        self.jobs.iter_mut().find(|job| job.status.job == *id)
+    }
+
+    pub(crate) fn migrate(
+        &mut self,
+        order: Order,
+        fds: Vec<OwnedFd>,
+        events: &mut Vec<Event>,
+    ) -> Reply {
+        if self.told("job=refuse") {
+            return Reply::Failed(staged("job=refuse"));
+        }
+        let mut fds = fds.into_iter();
+        let destination = fds.next().map(buffered);
+        let id = order.job.clone();
+        let job = Job {
+            status: MigrationStatus {
+                size_bytes: destination
+                    .as_ref()
+                    .and_then(|file| file.metadata().ok())
+                    .map_or(0, |meta| meta.len()),
+                job: order.job,
+                disk: order.disk,
+                phase: Phase::Copying,
+                passes: Vec::new(),
+                throughput: 1,
+                expected_pause_ms: None,
+                pause_ms: None,
+                elapsed_ms: 1,
+                failure: None,
+            },
+            destination,
+            _journal: fds.next(),
+        };
+        self.jobs.push(job);
+        if !self.told("job=hold") {
+            self.copy(&id, events);
+        }
+        Reply::Done
+    }
+
+    /// The jobs that were held go on.
+    pub(crate) fn go_on(&mut self, events: &mut Vec<Event>) {
+        let held = self
+            .jobs
+            .iter()
+            .filter(|job| job.status.phase == Phase::Copying);
+        let held: Vec<JobId> = held.map(|job| job.status.job.clone()).collect();
+        for id in held {
+            self.copy(&id, events);
+        }
+    }
+
+    fn copy(&mut self, id: &JobId, events: &mut Vec<Event>) {
+        if self.told("job=crash") {
+            eprintln!("crashes while it copies");
+            abort();
+        }
+        let fails = self.told("job=fail");
+        let crashes = self.told("job=crash-awaiting");
+        let copied = if fails {
+            Err(staged("job=fail"))
+        } else {
+            self.copy_all(id)
+        };
+        let Some(job) = self.job(id) else { return };
+        match copied {
+            Ok(bytes) => {
+                job.status.phase = Phase::AwaitingCommit;
+                job.status.passes.push(PassReport {
+                    number: 1,
+                    read_bytes: bytes,
+                    ..PassReport::default()
+                });
+                if crashes {
+                    eprintln!("crashes before it asks for the commit");
+                    abort();
+                }
+                events.push(Event::JobAwaitsCommit { job: id.clone() });
+            }
+            Err(seen) => {
+                job.status.failure = Some(seen);
+                job.end(Phase::Failed, events);
+            }
+        }
+    }
+
+    fn copy_all(&mut self, id: &JobId) -> Result<u64> {
+        let Some(position) = self.jobs.iter().position(|job| job.status.job == *id) else {
+            return Ok(0);
+        };
+        let Some(job) = self.jobs.get(position) else {
+            return Ok(0);
+        };
+        let disk = self.disks.iter().find(|disk| disk.name == job.status.disk);
+        let (Some(disk), Some(to)) = (disk, &job.destination) else {
+            return Err(staged("no such disk"));
+        };
+        let mut bytes = vec![0; usize::try_from(job.status.size_bytes).unwrap_or(0)];
+        disk.image
+            .read_exact_at(&mut bytes, 0)
+            .os("pread", "the source")?;
+        to.write_all_at(&bytes, 0).os("pwrite", "the destination")?;
+        to.sync_all().os("fsync", "the destination")?;
+        Ok(job.status.size_bytes)
+    }
+
+    pub(crate) fn cancel(&mut self, id: &JobId, events: &mut Vec<Event>) -> Reply {
+        match self.job(id) {
+            Some(job) if job.status.phase == Phase::Copying => {
+                job.end(Phase::Cancelled, events);
+                Reply::Done
+            }
+            _ => Reply::Failed(staged("nothing to cancel")),
+        }
+    }
+
+    pub(crate) fn decided(
+        &mut self,
+        id: &JobId,
+        committed: bool,
+        events: &mut Vec<Event>,
+    ) -> Reply {
+        if self.told("job=crash-decided") {
+            eprintln!("crashes when it hears the decision");
+            abort();
+        }
+        let contrary = self.told("job=contrary");
+        let Some(job) = self.job(id) else {
+            return Reply::Failed(staged("no such job"));
+        };
+        if !job.awaits() {
+            return Reply::Done;
+        }
+        if committed == contrary {
+            job.end(Phase::Failed, events);
+            return Reply::Done;
+        }
+        let name = job.status.disk.clone();
+        let destination = job.destination.take();
+        job.end(Phase::Completed, events);
+        let disk = self.disks.iter_mut().find(|disk| disk.name == name);
+        if let (Some(disk), Some(destination)) = (disk, destination) {
+            // The source's descriptor goes, and its lock with it.
+            disk.image = destination;
+        }
+        Reply::Done
+    }
+}
+
+impl Job {
+    fn end(&mut self, phase: Phase, events: &mut Vec<Event>) {
+        self.status.phase = phase;
+        self.destination = None;
+        self.status.pause_ms = Some(1.0);
+        events.push(Event::JobEnded(self.status.clone()));
+    }
+}

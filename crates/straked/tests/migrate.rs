@@ -1,0 +1,371 @@
+//! Disk migrations: commit, failure, cancelling, refusals.
+
+mod common;
+
+use std::os::unix::fs::FileExt;
+
+use common::{DISK, MIGRATE, World, soon};
+use serde_json::{Value, json};
+use strake_api::job::Phase;
+use strake_api::rest::{Job, VmState};
+
+/// `web1` runs, with something on its disk.
+fn running(cmdline: &str) -> World {
+    let world = World::new();
+    world.create(cmdline);
+    world.start("web1");
+    world.tell("web1", "write 4096 before");
+    world
+}
+
+fn reads(world: &World, path: &str, at: u64) -> String {
+    let mut bytes = [0; 6];
+    let file = std::fs::File::open(world.path(path)).unwrap();
+    file.read_exact_at(&mut bytes, at).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// The disk is where it was, nothing is left of the job, and the next attempt works.
+fn stays_on_source(world: &World, job: &Job) -> Job {
+    let job = world.wait_for_job(job);
+    let vm = world.vm("web1");
+    assert_eq!(vm.disks[0].image, world.text("slow/web1-root.raw"));
+    assert_eq!(vm.disks[0].datastore.as_deref(), Some("slow"));
+    assert_eq!(reads(world, "slow/web1-root.raw", 4096), "before");
+    if world.path("fast").exists() {
+        assert!(world.files("fast").is_empty(), "{:?}", world.files("fast"));
+    }
+    job
+}
+
+#[test]
+fn a_disk_moves_and_stays_moved() {
+    let world = running("");
+    let revision = world.vm("web1").revision;
+    let job = world.migrate("fast");
+    assert_eq!(job.destination, world.text("fast/web1-root.raw"));
+    assert_eq!(job.source, world.text("slow/web1-root.raw"));
+    let job = world.wait_for_job(&job);
+    assert_eq!(job.status.phase, Phase::Completed, "{job:?}");
+    assert_eq!(job.status.passes.len(), 1);
+    let vm = world.vm("web1");
+    assert!(vm.revision > revision);
+    assert_eq!(vm.disks[0].image, world.text("fast/web1-root.raw"));
+    assert_eq!(vm.disks[0].datastore.as_deref(), Some("fast"));
+    assert_eq!(vm.disks[0].size_bytes, DISK);
+    // The source was not to be removed; the journal is gone.
+    assert_eq!(world.files("slow"), ["web1-root.raw"]);
+    assert_eq!(world.files("fast"), ["web1-root.raw"]);
+    // The guest goes on at the destination, and so does the next start.
+    world.tell("web1", "write 8192 after!");
+    assert_eq!(reads(&world, "fast/web1-root.raw", 4096), "before");
+    assert_eq!(reads(&world, "fast/web1-root.raw", 8192), "after!");
+    assert_ne!(reads(&world, "slow/web1-root.raw", 8192), "after!");
+    world.stop_by_force("web1");
+    world.start("web1");
+    world.tell("web1", "write 8192 again!");
+    assert_eq!(reads(&world, "fast/web1-root.raw", 8192), "again!");
+    // Back again is refused as long as the old file is in the way.
+    let (status, seen) = world.refused("POST", MIGRATE, &json!({ "to": "slow" }));
+    assert_eq!(status, 409);
+    assert!(seen.find("host.destination-exists").is_some(), "{seen}");
+    std::fs::remove_file(world.path("slow/web1-root.raw")).unwrap();
+    let body = json!({ "to": "slow", "remove_source": true });
+    let job: Job = world.ok("POST", MIGRATE, &body);
+    assert_eq!(world.wait_for_job(&job).status.phase, Phase::Completed);
+    assert!(world.files("fast").is_empty());
+    assert_eq!(reads(&world, "slow/web1-root.raw", 8192), "again!");
+    let jobs: Vec<Job> = world.ok("GET", "/v1/jobs", &Value::Null);
+    assert_eq!(jobs.len(), 2);
+}
+
+#[test]
+fn a_job_that_fails_says_why_and_leaves_the_source() {
+    let world = running("job=fail");
+    let job = world.migrate("fast");
+    let job = stays_on_source(&world, &job);
+    assert_eq!(job.status.phase, Phase::Failed);
+    let seen = job.status.failure.unwrap();
+    assert_eq!(seen.id(), "host.migration-failed");
+    assert!(seen.find("fake.staged").is_some(), "{seen:#?}");
+    assert_eq!(world.vm("web1").state, VmState::Running);
+    let (status, _) = world.refused("POST", "/v1/jobs/job-1/cancel", &Value::Null);
+    assert_eq!(status, 409);
+}
+
+#[test]
+fn a_job_can_be_cancelled_while_it_copies() {
+    let world = running("job=hold");
+    let job = world.migrate("fast");
+    world.wait_for_phase(&job, Phase::Copying);
+    assert_eq!(
+        world.files("fast"),
+        [".web1-root.raw.strake-journal", "web1-root.raw"]
+    );
+    // Meanwhile the disk and both stores are taken.
+    let (status, seen) = world.refused("POST", MIGRATE, &json!({ "to": "fast" }));
+    assert_eq!(status, 409);
+    assert!(
+        seen.find("host.disk-busy").is_some() || seen.find("host.destination-exists").is_some(),
+        "{seen}"
+    );
+    let (status, seen) = world.refused("DELETE", "/v1/datastores/fast", &Value::Null);
+    assert_eq!(status, 409, "{seen}");
+    let mut thief = world.vm_body("thief", "");
+    thief["spec"]["disk"][0]["image"] = json!("fast:web1-root.raw");
+    let (status, seen) = world.refused("POST", "/v1/vms", &thief);
+    assert_eq!(
+        (status, seen.find("host.image-in-use").is_some()),
+        (409, true),
+        "{seen}"
+    );
+    let _: Job = world.ok("POST", "/v1/jobs/job-1/cancel", &Value::Null);
+    let job = stays_on_source(&world, &job);
+    assert_eq!(job.status.phase, Phase::Cancelled);
+    assert!(job.status.failure.is_none());
+    let again = world.migrate("fast");
+    world.wait_for_phase(&again, Phase::Copying);
+    world.tell("web1", "go");
+    assert_eq!(world.wait_for_job(&again).status.phase, Phase::Completed);
+}
+
+#[test]
+fn refusals_come_before_a_byte_is_copied() {
+    let world = running("");
+    let migrate = |disk: &str| format!("/v1/vms/web1/disks/{disk}/migrate");
+    let none = "/v1/vms/none/disks/root/migrate";
+    let limits = |limits: Value| json!({ "to": "fast", "limits": limits });
+    std::fs::create_dir(world.path("gone")).unwrap();
+    world.add_datastore("gone");
+    std::fs::remove_dir(world.path("gone")).unwrap();
+    for (path, body, status, id) in [
+        (none, json!({ "to": "fast" }), 404, "host.no-such-vm"),
+        (
+            &*migrate("data"),
+            json!({ "to": "fast" }),
+            404,
+            "host.no-such-disk",
+        ),
+        (
+            MIGRATE,
+            json!({ "to": "none" }),
+            404,
+            "host.no-such-datastore",
+        ),
+        (MIGRATE, json!({ "to": "slow" }), 409, "host.same-datastore"),
+        (
+            MIGRATE,
+            json!({ "to": "gone" }),
+            503,
+            "host.datastore-unavailable",
+        ),
+        (
+            MIGRATE,
+            limits(json!({ "pause_ms": 0 })),
+            400,
+            "host.request-refused",
+        ),
+        (
+            MIGRATE,
+            limits(json!({ "max_passes": 0 })),
+            400,
+            "host.request-refused",
+        ),
+        (
+            MIGRATE,
+            limits(json!({ "bytes_per_second": 0 })),
+            400,
+            "host.request-refused",
+        ),
+    ] {
+        let (got, seen) = world.refused("POST", path, &body);
+        assert!(seen.find(id).is_some(), "{path} {body}: {seen}");
+        assert_eq!(got, status, "{path} {body}: {seen}");
+    }
+    // Somebody's file is in the way: it stays as it is.
+    std::fs::write(world.path("fast/web1-root.raw"), b"precious").unwrap();
+    let (status, seen) = world.refused("POST", MIGRATE, &json!({ "to": "fast" }));
+    assert_eq!(status, 409, "{seen}");
+    assert_eq!(
+        std::fs::read(world.path("fast/web1-root.raw")).unwrap(),
+        b"precious"
+    );
+    std::fs::remove_file(world.path("fast/web1-root.raw")).unwrap();
+    assert!(world.files("fast").is_empty());
+    assert!(
+        world
+            .ok::<Vec<Job>>("GET", "/v1/jobs", &Value::Null)
+            .is_empty()
+    );
+    world.stop_by_force("web1");
+    let (status, seen) = world.refused("POST", MIGRATE, &json!({ "to": "fast" }));
+    assert_eq!(status, 409);
+    let seen = seen.find("host.wrong-state").unwrap();
+    assert!(seen.remedy().contains("start the VM"), "{seen}");
+}
+
+#[test]
+fn a_monitor_that_refuses_leaves_no_trace() {
+    let world = running("job=refuse");
+    let (_, seen) = world.refused("POST", MIGRATE, &json!({ "to": "fast" }));
+    assert_eq!(seen.id(), "host.migration-refused");
+    assert!(seen.find("fake.staged").is_some(), "{seen}");
+    assert!(world.files("fast").is_empty());
+    assert!(
+        world
+            .ok::<Vec<Job>>("GET", "/v1/jobs", &Value::Null)
+            .is_empty()
+    );
+}
+
+#[test]
+fn a_store_without_room_is_refused() {
+    // A file system of 1 MiB; needs the right to mount, so it is skipped where that is missing.
+    let world = running("");
+    std::fs::create_dir(world.path("small")).unwrap();
+    let mounted = rustix_mount(&world.text("small"));
+    if !mounted {
+        eprintln!("skipped: no right to mount a tmpfs");
+        return;
+    }
+    world.add_datastore("small");
+    let (status, seen) = world.refused("POST", MIGRATE, &json!({ "to": "small" }));
+    let files = world.files("small");
+    let _ = std::process::Command::new("umount")
+        .arg(world.path("small"))
+        .status();
+    assert_eq!(status, 507, "{seen}");
+    let seen = seen.find("host.datastore-full").unwrap();
+    assert!(seen.text().contains("it has 1M free"), "{seen}");
+    assert!(files.is_empty());
+}
+
+fn rustix_mount(at: &str) -> bool {
+    std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=1M", "none", at])
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+#[test]
+fn a_monitor_that_dies_in_a_job_leaves_the_source() {
+    for cmdline in ["job=crash", "job=crash-awaiting"] {
+        let world = running(cmdline);
+        let body = json!({ "to": "fast", "remove_source": true });
+        // The monitor dies within the request: whether it accepted cannot be known.
+        let job: Job = world.ok("POST", MIGRATE, &body);
+        let job = stays_on_source(&world, &job);
+        assert_eq!(job.status.phase, Phase::Failed, "{cmdline}");
+        let seen = job.status.failure.unwrap();
+        assert!(seen.find("host.monitor-died").is_some(), "{seen:#?}");
+        assert_eq!(
+            world.wait_for("web1", VmState::Failed).state,
+            VmState::Failed
+        );
+        world.start("web1");
+    }
+}
+
+#[test]
+fn a_monitor_that_dies_after_the_commit_leaves_the_destination() {
+    let world = running("job=crash-decided");
+    let body = json!({ "to": "fast", "remove_source": true });
+    let job: Job = world.ok("POST", MIGRATE, &body);
+    assert_eq!(world.wait_for_job(&job).status.phase, Phase::Completed);
+    assert_eq!(
+        world.wait_for("web1", VmState::Failed).state,
+        VmState::Failed
+    );
+    assert!(world.files("slow").is_empty());
+    assert_eq!(world.files("fast"), ["web1-root.raw"]);
+    assert_eq!(reads(&world, "fast/web1-root.raw", 4096), "before");
+    world.start("web1");
+    world.tell("web1", "write 8192 after!");
+    assert_eq!(reads(&world, "fast/web1-root.raw", 8192), "after!");
+}
+
+#[test]
+fn a_monitor_on_the_wrong_image_is_ended() {
+    let world = running("job=contrary");
+    let job = world.migrate("fast");
+    let job = world.wait_for_job(&job);
+    // The inventory is the truth: the destination.
+    assert_eq!(job.status.phase, Phase::Completed);
+    let vm = world.wait_for("web1", VmState::Failed);
+    let Some(strake_api::control::ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert!(seen.find("host.binding-split").is_some(), "{seen:#?}");
+    assert_eq!(vm.disks[0].image, world.text("fast/web1-root.raw"));
+    world.start("web1");
+}
+
+#[test]
+fn a_destination_that_vanishes_is_not_committed() {
+    // The file, then the whole directory.
+    for whole in [false, true] {
+        let world = running("job=hold");
+        let job = world.migrate("fast");
+        world.wait_for_phase(&job, Phase::Copying);
+        if whole {
+            std::fs::remove_dir_all(world.path("fast")).unwrap();
+        } else {
+            std::fs::remove_file(world.path("fast/web1-root.raw")).unwrap();
+        }
+        world.tell("web1", "go");
+        let job = stays_on_source(&world, &job);
+        assert_eq!(job.status.phase, Phase::Failed);
+        let vm = world.vm("web1");
+        assert_eq!(vm.state, VmState::Running);
+        let seen: Vec<strake_observe::Recorded> = world.ok("GET", "/v1/observations", &Value::Null);
+        let told = seen
+            .iter()
+            .any(|of| of.observation.find("host.commit-failed").is_some());
+        assert!(told, "{seen:#?}");
+        if whole {
+            std::fs::create_dir(world.path("fast")).unwrap();
+        }
+        let again = world.migrate("fast");
+        world.wait_for_phase(&again, Phase::Copying);
+        world.tell("web1", "go");
+        assert_eq!(world.wait_for_job(&again).status.phase, Phase::Completed);
+    }
+}
+
+#[test]
+fn another_file_in_the_destinations_place_is_neither_committed_nor_removed() {
+    let world = running("job=hold");
+    let job = world.migrate("fast");
+    world.wait_for_phase(&job, Phase::Copying);
+    std::fs::write(world.path("fast/new"), b"precious").unwrap();
+    std::fs::rename(world.path("fast/new"), world.path("fast/web1-root.raw")).unwrap();
+    world.tell("web1", "go");
+    assert_eq!(world.wait_for_job(&job).status.phase, Phase::Failed);
+    assert_eq!(
+        world.vm("web1").disks[0].image,
+        world.text("slow/web1-root.raw")
+    );
+    assert_eq!(
+        std::fs::read(world.path("fast/web1-root.raw")).unwrap(),
+        b"precious"
+    );
+}
+
+#[test]
+fn a_stop_or_reset_in_a_job_ends_it_on_the_source() {
+    for word in ["reset", "poweroff", "force"] {
+        let world = running("job=hold");
+        let job = world.migrate("fast");
+        world.wait_for_phase(&job, Phase::Copying);
+        match word {
+            "force" => drop(world.stop_by_force("web1")),
+            word => drop(world.tell("web1", word)),
+        }
+        let job = stays_on_source(&world, &job);
+        assert_eq!(job.status.phase, Phase::Failed, "{word}");
+        if word == "reset" {
+            let again = soon(|| Some(world.vm("web1")).filter(|vm| vm.state == VmState::Running));
+            assert!(again.is_some());
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! The daemon goes and comes back while VMs run.
+
+mod common;
+
+use common::{World, kill, monitors, soon};
+use serde_json::Value;
+use strake_api::control::ExitReason;
+use strake_api::rest::{Vm, VmState};
+
+#[test]
+fn a_killed_daemon_finds_its_vms_again() {
+    let mut world = World::new();
+    world.create("");
+    let before = world.start("web1");
+    for _ in 0..3 {
+        world.restart_daemon();
+        let after = world.vm("web1");
+        assert_eq!((after.state, after.pid), (VmState::Running, before.pid));
+    }
+    assert_eq!(world.tell("web1", "hello"), "did hello\n");
+    let (status, _) = world.refused("POST", "/v1/vms/web1/start", &Value::Null);
+    assert_eq!(status, 409);
+    let stopped: Vm = world.ok("POST", "/v1/vms/web1/stop", &Value::Null);
+    assert_eq!(stopped.state, VmState::Stopped);
+    assert!(monitors(&world.path("run")).is_empty());
+}
+
+#[test]
+fn a_daemon_that_is_asked_to_end_leaves_the_vms_alone() {
+    let mut world = World::new();
+    world.create("deaf");
+    let before = world.start("web1");
+    let mut daemon = world.daemon.take().unwrap();
+    std::thread::scope(|scope| {
+        // A request that would wait for a minute does not hold up the end.
+        scope.spawn(|| world.raw("POST", "/v1/vms/web1/stop", Vec::new()));
+        assert!(soon(|| (world.vm("web1").state == VmState::Stopping).then_some(())).is_some());
+        let pid = rustix::process::Pid::from_child(&daemon);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = soon(|| daemon.try_wait().unwrap()).unwrap();
+        assert!(status.success());
+    });
+    world.start_daemon();
+    let after = world.vm("web1");
+    assert_eq!((after.state, after.pid), (VmState::Running, before.pid));
+}
+
+#[test]
+fn what_the_guest_did_meanwhile_is_learnt() {
+    let mut world = World::new();
+    world.create("");
+    world.start("web1");
+    let mut console = world.console("web1");
+    // The bridge dies with the daemon, so the guest's end comes through before.
+    std::io::Write::write_all(&mut console, b"hello\n").unwrap();
+    let pid = world.vm("web1").pid.unwrap();
+    world.kill_daemon();
+    kill(pid);
+    world.start_daemon();
+    let vm = world.wait_for("web1", VmState::Failed);
+    let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert_eq!(seen.id(), "host.monitor-died");
+    assert!(seen.text().contains("while no daemon ran"), "{seen}");
+    assert_eq!(world.start("web1").state, VmState::Running);
+}
+
+#[test]
+fn a_monitor_that_lives_but_cannot_be_reached_is_not_doubled() {
+    let mut world = World::new();
+    world.create("");
+    let pid = world.start("web1").pid.unwrap();
+    world.kill_daemon();
+    std::fs::remove_file(world.path("run/vms/web1/control.sock")).unwrap();
+    world.start_daemon();
+    let vm = world.vm("web1");
+    assert_eq!(vm.state, VmState::Failed);
+    let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert_eq!(seen.id(), "host.monitor-unreachable");
+    let (status, seen) = world.refused("POST", "/v1/vms/web1/start", &Value::Null);
+    assert_eq!(status, 409, "{seen}");
+    assert!(seen.find("host.monitor-unreachable").is_some(), "{seen}");
+    let (status, _) = world.refused("DELETE", "/v1/vms/web1", &Value::Null);
+    assert_eq!(status, 409);
+    kill(pid);
+    assert!(soon(|| monitors(&world.path("run")).is_empty().then_some(())).is_some());
+    assert_eq!(world.start("web1").state, VmState::Running);
+}
+
+#[test]
+fn a_daemon_that_dies_while_it_starts_a_vm_leaves_no_second_monitor() {
+    for (at, runs) in [
+        ("before-spawn", false),
+        ("after-spawn", false),
+        ("after-configure", false),
+        ("after-start", true),
+    ] {
+        let mut world = World::new();
+        world.create("");
+        world.kill_daemon();
+        world.start_daemon_that_dies(Some(at));
+        world.dying("POST", "/v1/vms/web1/start", &Value::Null);
+        world.start_daemon();
+        let vm = world.vm("web1");
+        if runs {
+            assert_eq!(vm.state, VmState::Running, "{at}");
+            assert_eq!(monitors(&world.path("run")), [vm.pid.unwrap()], "{at}");
+            continue;
+        }
+        assert_eq!(vm.state, VmState::Failed, "{at}");
+        let gone = soon(|| monitors(&world.path("run")).is_empty().then_some(()));
+        assert!(gone.is_some(), "{at}: {}", world.log());
+        assert_eq!(world.start("web1").state, VmState::Running, "{at}");
+    }
+}
+
+#[test]
+fn a_connection_that_is_lost_is_made_again() {
+    let world = World::new();
+    world.create("");
+    let pid = world.start("web1").pid;
+    // Somebody else connects: the monitor serves the newest, and the daemon comes back.
+    let socket = world.path("run/vms/web1/control.sock");
+    for _ in 0..3 {
+        drop(connect(&socket));
+        let back = soon(|| {
+            let vm = world.vm("web1");
+            vm.disks[0].counters.is_some().then_some(vm)
+        });
+        assert_eq!(back.unwrap().pid, pid);
+    }
+    assert_eq!(world.tell("web1", "hello"), "did hello\n");
+}
+
+fn connect(path: &std::path::Path) -> std::os::fd::OwnedFd {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
+    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    socket
+}
