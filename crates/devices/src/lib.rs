@@ -31,4 +31,6 @@ pub mod lifecycle;
 pub mod observations;
 pub mod pci;
 pub mod serial;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;

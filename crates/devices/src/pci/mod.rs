@@ -13,6 +13,8 @@ mod config;
 mod host_bridge;
 mod msix;
 mod root;
+#[cfg(test)]
+mod tests;
 
 pub use config::{BarRange, BarSize, BarWidth, ConfigSpace, Identity, MSIX_CAPABILITY};
 pub use host_bridge::HostBridge;

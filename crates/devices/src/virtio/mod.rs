@@ -132,3 +132,13 @@ pub(crate) fn read_bytes(source: &[u8], offset: usize, data: &mut [u8]) {
         *byte = at.and_then(|at| source.get(at)).copied().unwrap_or(0);
     }
 }
+
+/// An interrupter without a transport, for workers that run in a test's own thread.
+#[cfg(any(test, feature = "testing"))]
+pub(crate) fn bare_interrupter(
+    device: &str,
+    msix: Arc<crate::pci::Msix>,
+    queues: u16,
+) -> transport::Interrupter {
+    transport::Interrupter::new(device, msix, queues)
+}

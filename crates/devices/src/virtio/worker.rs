@@ -139,7 +139,7 @@ pub trait Work: Send {
 pub struct Poller(Epoll);
 
 impl Poller {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         Epoll::new().os("epoll_create1", "a worker").map(Self)
     }
 

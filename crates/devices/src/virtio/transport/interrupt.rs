@@ -41,7 +41,7 @@ impl fmt::Debug for Interrupter {
 }
 
 impl Interrupter {
-    pub(super) fn new(device: &str, msix: Arc<Msix>, queues: u16) -> Self {
+    pub(crate) fn new(device: &str, msix: Arc<Msix>, queues: u16) -> Self {
         let none = || AtomicU16::new(NO_VECTOR);
         Self(Arc::new(Shared {
             device: device.to_owned(),

@@ -23,6 +23,8 @@
 
 mod common;
 mod interrupt;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
