@@ -50,8 +50,7 @@ fn attach(tap: &str, bridge: Option<&str>) -> Result<OwnedFd> {
         .open(TUN)
         .os("open", TUN)?;
     let mut request = request(tap);
-    // The flags are small positive numbers that fit the kernel's short.
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
+    request.ifr_ifru.ifru_flags = flags(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR);
     ioctl(device.as_fd(), libc::TUNSETIFF, &mut request).os("ioctl(TUNSETIFF)", tap)?;
     let control = socket_with(
         AddressFamily::INET,
@@ -93,12 +92,12 @@ fn bring_up(control: BorrowedFd<'_>, tap: &str) -> Result<()> {
     let mut request = request(tap);
     ioctl(control, libc::SIOCGIFFLAGS, &mut request).os("ioctl(SIOCGIFFLAGS)", tap)?;
     // SAFETY: SIOCGIFFLAGS filled in the flags.
-    let flags = unsafe { request.ifr_ifru.ifru_flags };
-    let up = libc::IFF_UP as i16;
-    if flags & up != 0 {
+    let has = unsafe { request.ifr_ifru.ifru_flags };
+    let up = flags(libc::IFF_UP);
+    if has & up != 0 {
         return Ok(());
     }
-    request.ifr_ifru.ifru_flags = flags | up;
+    request.ifr_ifru.ifru_flags = has | up;
     ioctl(control, libc::SIOCSIFFLAGS, &mut request).os("ioctl(SIOCSIFFLAGS)", tap)
 }
 
@@ -109,9 +108,18 @@ fn request(name: &str) -> libc::ifreq {
     // The spec's rules leave room for the final zero.
     let last = request.ifr_name.len() - 1;
     for (to, from) in request.ifr_name.iter_mut().take(last).zip(name.bytes()) {
-        *to = from as libc::c_char;
+        *to = libc::c_char::from_ne_bytes([from]);
     }
     request
+}
+
+/// The flags as `ifreq` has them.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the kernel's flags of this structure fit 16 bits"
+)]
+const fn flags(of: libc::c_int) -> libc::c_short {
+    of as libc::c_short
 }
 
 fn ioctl(on: BorrowedFd<'_>, what: libc::Ioctl, request: &mut libc::ifreq) -> io::Result<()> {

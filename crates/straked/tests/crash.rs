@@ -3,6 +3,8 @@
 //! Whatever happens: exactly one image is the disk's by the inventory, it holds everything that the
 //! guest flushed, nothing else of the job is left, and the VM runs on it.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+
 mod common;
 
 use std::os::unix::fs::FileExt;

@@ -1,5 +1,7 @@
 //! Disk migrations: commit, failure, cancelling, refusals.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+
 mod common;
 
 use std::os::unix::fs::FileExt;

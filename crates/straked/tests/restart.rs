@@ -1,5 +1,7 @@
 //! The daemon goes and comes back while VMs run.
 
+#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
+
 mod common;
 
 use common::{World, kill, monitors, soon};

@@ -23,10 +23,10 @@ pub(crate) fn take(file: impl AsFd, share: Share) -> io::Result<bool> {
     // SAFETY: `flock` is plain data for which zeroes are valid: from offset 0 to the end.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
     range.l_type = match share {
-        Share::Alone => libc::F_WRLCK as libc::c_short,
-        Share::WithReaders => libc::F_RDLCK as libc::c_short,
+        Share::Alone => short(libc::F_WRLCK),
+        Share::WithReaders => short(libc::F_RDLCK),
     };
-    range.l_whence = libc::SEEK_SET as libc::c_short;
+    range.l_whence = short(libc::SEEK_SET);
     // SAFETY: the descriptor is open for as long as the borrow, and `range` is valid for reading.
     let result = unsafe {
         libc::fcntl(
@@ -43,4 +43,13 @@ pub(crate) fn take(file: impl AsFd, share: Share) -> io::Result<bool> {
         Some(libc::EAGAIN | libc::EACCES) => Ok(false),
         _ => Err(error),
     }
+}
+
+/// The kernel's constants for this structure fit its fields.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "F_RDLCK, F_WRLCK and SEEK_SET are 0 and 1"
+)]
+const fn short(constant: i32) -> libc::c_short {
+    constant as libc::c_short
 }

@@ -1,6 +1,7 @@
 //! A real `straked` in a directory of its own, with the fake monitor, and a client for its API.
 
 #![allow(dead_code, reason = "each test file uses its own part")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "these are tests")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixStream};
