@@ -4,7 +4,7 @@
 //! as on hardware: of all ones written, a BAR keeps those above its size.
 
 /// Bytes of configuration space. There are no extended capabilities: beyond it, ECAM reads zero.
-pub const CONFIG_SIZE: usize = 256;
+const CONFIG_SIZE: usize = 256;
 
 /// Capability identifier of MSI-X.
 pub const MSIX_CAPABILITY: u8 = 0x11;
@@ -23,9 +23,6 @@ const COMMAND_INTX_DISABLE: u8 = 1 << 2; // in the register's second byte
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 
 const BAR_KIND_64: u8 = 0b100;
-
-/// How many BARs a function has.
-pub const BARS: usize = 6;
 
 /// What a function is.
 #[derive(Debug, Clone, Copy)]

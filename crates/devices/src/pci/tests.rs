@@ -1,11 +1,12 @@
 //! The bus as a guest's kernel sees it.
 
+#![allow(clippy::cast_possible_truncation)]
+
 use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use super::{BarRange, BarSize, BarWidth, ConfigSpace, Identity, Msix, PciRoot, PciWindows};
-use crate::bus::BusDevice;
 use crate::testing::{Host, Line};
 use crate::virtio::rng::VirtioRng;
 

@@ -9,6 +9,7 @@
 //! * [`Bare`] runs a device's workers in the caller's thread, step by step, for fuzzing.
 #![allow(
     missing_docs,
+    clippy::cast_possible_truncation,
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,

@@ -262,6 +262,9 @@ struct Worker {
     thread: JoinHandle<Box<dyn Work>>,
 }
 
+/// What ended workers leave: their works, and what was seen of those that died.
+pub(crate) type Rest = (Vec<Box<dyn Work>>, Vec<Observation>);
+
 /// The workers of one device.
 pub(crate) struct Workers {
     device: String,
@@ -343,7 +346,7 @@ impl Workers {
 
     /// Ends them, however long it takes, and gives their works back. A worker that died of a
     /// panic gives nothing but an observation.
-    pub(crate) fn join(mut self) -> (Vec<Box<dyn Work>>, Vec<Observation>) {
+    pub(crate) fn join(mut self) -> Rest {
         self.ask_to_stop();
         let mut works = Vec::new();
         let mut seen = Vec::new();
@@ -367,7 +370,7 @@ impl Workers {
         self,
         bound: Duration,
         interrupter: &Interrupter,
-    ) -> std::result::Result<(Vec<Box<dyn Work>>, Vec<Observation>), Result<Self>> {
+    ) -> std::result::Result<Rest, Result<Self>> {
         self.ask_to_stop();
         if self.wait(bound) {
             return Ok(self.join());

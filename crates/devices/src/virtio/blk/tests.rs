@@ -1,4 +1,5 @@
 //! A disk as a guest's driver sees it, through the PCI transport.
+#![allow(clippy::cast_possible_truncation)]
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,4 +1,5 @@
 //! An interface as a guest's driver uses it, over a socket that keeps packets apart.
+#![allow(clippy::cast_possible_truncation)]
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -1,4 +1,5 @@
 //! Entropy as a guest's driver asks for it.
+#![allow(clippy::cast_possible_truncation)]
 
 use vm_memory::{Bytes, GuestAddress};
 

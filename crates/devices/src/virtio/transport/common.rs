@@ -16,10 +16,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use strake_observe::{Observation, Result, State, recorder};
-use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK,
-    VIRTIO_CONFIG_S_NEEDS_RESET,
-};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
@@ -32,10 +28,11 @@ use crate::virtio::{
     Activation, ActiveQueue, EVENT_IDX, INDIRECT_DESC, VERSION_1, VirtioDevice, read_bytes,
 };
 
-const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
-const FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
-const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
+// Bits of the status, in the standard's section 2.1.
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+const NEEDS_RESET: u8 = 64;
+const FAILED: u8 = 128;
 
 /// What the driver has set up, and who works for it.
 pub(super) struct Driver {
@@ -213,6 +210,8 @@ impl<D: VirtioDevice> VirtioPci<D> {
         read_bytes(&image, offset, data);
     }
 
+    // Each value is as wide as its field, which was matched.
+    #[allow(clippy::cast_possible_truncation)]
     pub(super) fn write_common(&self, offset: u64, data: &[u8]) {
         let Some(value) = number(data) else {
             return;
@@ -223,16 +222,11 @@ impl<D: VirtioDevice> VirtioPci<D> {
         match (offset, data.len()) {
             (0, 4) => driver.offered_select = value as u32,
             (8, 4) => driver.accepted_select = value as u32,
-            (12, 4) => {
-                if driver.status & FEATURES_OK == 0 {
-                    let select = driver.accepted_select;
-                    match select {
-                        0 => set_half(&mut driver.accepted, 0, value),
-                        1 => set_half(&mut driver.accepted, 32, value),
-                        _ => {}
-                    }
-                }
-            }
+            (12, 4) if driver.status & FEATURES_OK == 0 => match driver.accepted_select {
+                0 => set_half(&mut driver.accepted, 0, value),
+                1 => set_half(&mut driver.accepted, 32, value),
+                _ => {}
+            },
             (16, 2) => self.interrupter.set_config_vector(value as u16),
             (20, 1) => self.write_status(&mut driver, value as u8),
             (22, 2) => driver.queue_select = value as u16,

@@ -49,16 +49,18 @@ use crate::pci::{
 };
 
 /// How long a vCPU that resets a device waits for its workers.
-pub const RESET_PATIENCE: Duration = Duration::from_millis(50);
+const RESET_PATIENCE: Duration = Duration::from_millis(50);
 
 /// Most queues of a device, bounded by the notification page and the MSI-X table.
 const QUEUE_LIMIT: usize = 128;
 
 const BAR: u8 = 0;
 const BAR_BYTES: u64 = 0x8000;
+/// Each area has a page of its own.
 const PAGE: u64 = 0x1000;
 const COMMON: u64 = 0x0000;
 const COMMON_BYTES: u32 = 64;
+const DEVICE_BYTES: u32 = 0x1000;
 const ISR: u64 = 0x1000;
 const DEVICE: u64 = 0x2000;
 const NOTIFY: u64 = 0x3000;
@@ -259,7 +261,7 @@ impl Space {
         for (kind, offset, length) in [
             (CAP_COMMON, COMMON, COMMON_BYTES),
             (CAP_ISR, ISR, 1),
-            (CAP_DEVICE, DEVICE, PAGE as u32),
+            (CAP_DEVICE, DEVICE, DEVICE_BYTES),
         ] {
             config.add_capability(CAPABILITY_VENDOR, &cap_body(kind, offset, length, &[]), &[]);
         }
@@ -288,6 +290,7 @@ impl Space {
 }
 
 /// The MSI-X capability behind identifier and link.
+#[allow(clippy::cast_possible_truncation)] // of constants below `BAR_BYTES`
 fn msix_body(vectors: u16) -> Vec<u8> {
     debug_assert!(usize::from(vectors) * TABLE_ENTRY_SIZE <= PAGE as usize);
     let mut body = (vectors - 1).to_le_bytes().to_vec();
@@ -297,6 +300,7 @@ fn msix_body(vectors: u16) -> Vec<u8> {
 }
 
 /// A virtio capability behind identifier and link.
+#[allow(clippy::cast_possible_truncation)] // of constants below `BAR_BYTES`, and of 16 or 20
 fn cap_body(kind: u8, offset: u64, length: u32, extra: &[u8]) -> Vec<u8> {
     let bytes = (16 + extra.len()) as u8;
     let mut body = vec![bytes, kind, BAR, 0, 0, 0];
