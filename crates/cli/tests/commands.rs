@@ -189,8 +189,8 @@ fn datastores() {
 fn jobs() {
     let daemon = granting();
     let done = daemon.run(&["jobs", "ls"]).ok();
-    let line = "j1   web1  root  fast  pass 1, 256 MiB of 1.00 GiB, 500 MiB/s, 768 MiB to go, \
-                pause would be 40 ms";
+    let line =
+        "j1   web1  root  fast  pass 1, 256 MiB/1.00 GiB, 366 MiB/s, 768 MiB left, pause ~40 ms";
     assert!(done.out.contains(line), "{}", done.out);
     let done = daemon.run(&["jobs", "show", "j1"]).ok();
     assert!(done.out.contains("DIRTY AFTER"), "{}", done.out);

@@ -6,6 +6,8 @@
 
 mod show;
 
+use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -24,9 +26,6 @@ pub(crate) use show::{line, passes, summary};
 
 /// How often the daemon is asked.
 const INTERVAL: Duration = Duration::from_millis(200);
-
-/// Finer steps than any terminal shows.
-const BAR_STEPS: u64 = 1000;
 
 /// Watches `job` until it is final, with a progress bar on a terminal. `patience` bounds the time
 /// for which the daemon may be away.
@@ -155,33 +154,70 @@ fn verdict(job: Job) -> Result<Job> {
     Err(failure.because_all(job.status.failure))
 }
 
-/// A progress bar on a terminal, nothing elsewhere.
-struct Bar(ProgressBar);
+/// A progress line on a terminal, nothing elsewhere.
+struct Bar {
+    line: ProgressBar,
+    speed: RefCell<Speed>,
+}
 
 impl Bar {
     fn new(context: &Context) -> Self {
-        if !context.output.live() {
-            return Self(ProgressBar::hidden());
+        let line = if context.output.live() {
+            ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
+        } else {
+            ProgressBar::hidden()
+        };
+        // `wide_msg` is cut at the terminal's edge: a wrapped line could not be drawn over.
+        if let Ok(style) = ProgressStyle::with_template("{wide_msg}") {
+            line.set_style(style);
         }
-        // The drawing rate is the asking rate: more would show nothing new.
-        let bar = ProgressBar::with_draw_target(Some(BAR_STEPS), ProgressDrawTarget::stderr());
-        if let Ok(style) = ProgressStyle::with_template("[{bar:24}] {msg}") {
-            bar.set_style(style.progress_chars("=> "));
+        Self {
+            line,
+            speed: RefCell::default(),
         }
-        Self(bar)
     }
 
     fn show(&self, job: &Job) {
-        self.0.set_position(show::fraction(job, BAR_STEPS));
-        self.0.set_message(line(job));
-        self.0.tick();
+        let speed = self.speed.borrow_mut().next(job);
+        self.line.set_message(show::bar(job, speed));
     }
 
     fn aside(&self, say: impl FnOnce()) {
-        self.0.suspend(say);
+        self.line.suspend(say);
     }
 
     fn clear(&self) {
-        self.0.finish_and_clear();
+        self.line.finish_and_clear();
     }
 }
+
+/// How fast a job really goes, waits of a rate limit included: bytes over the last
+/// [`WINDOW_MS`] of the job's own clock.
+#[derive(Debug, Default)]
+struct Speed(VecDeque<(u64, u64)>);
+
+const WINDOW_MS: u64 = 2_000;
+
+impl Speed {
+    fn next(&mut self, job: &Job) -> Option<u64> {
+        let now = job.status.elapsed_ms;
+        let bytes = job.status.passes.iter().map(|pass| pass.read_bytes).sum();
+        self.0.push_back((now, bytes));
+        while self.0.len() > 2
+            && self
+                .0
+                .front()
+                .is_some_and(|(at, _)| now - (*at).min(now) > WINDOW_MS)
+        {
+            self.0.pop_front();
+        }
+        let (first_at, first) = *self.0.front()?;
+        let moved: u64 = bytes.checked_sub(first)?;
+        moved
+            .checked_mul(1000)?
+            .checked_div(now.checked_sub(first_at)?)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -11,8 +11,24 @@ fn remainder(pass: &PassReport) -> u64 {
     pass.planned_bytes.saturating_sub(pass.read_bytes)
 }
 
+/// The job's progress as a bar and a line. `speed` is what was measured, in bytes per second.
+pub(super) fn bar(job: &Job, speed: Option<u64>) -> String {
+    // With it a line fits into 80 columns.
+    const WIDTH: usize = 10;
+    let steps = fraction(job, WIDTH as u64);
+    let done = usize::try_from(steps).unwrap_or(WIDTH);
+    let (done, head) = if done < WIDTH {
+        (done, ">")
+    } else {
+        (WIDTH, "")
+    };
+    let left = " ".repeat(WIDTH - done - head.len());
+    let text = with_speed(job, speed);
+    format!("[{}{head}{left}] {text}", "=".repeat(done))
+}
+
 /// How far the running pass is, in `steps`.
-pub(super) fn fraction(job: &Job, steps: u64) -> u64 {
+fn fraction(job: &Job, steps: u64) -> u64 {
     if job.status.phase == Phase::Completed {
         return steps;
     }
@@ -27,8 +43,17 @@ pub(super) fn fraction(job: &Job, steps: u64) -> u64 {
     }
 }
 
-/// The job's progress in one line.
+/// The job's progress in one line, with the running pass's own speed.
 pub(crate) fn line(job: &Job) -> String {
+    let speed = job.status.passes.last().and_then(|pass| {
+        pass.read_bytes
+            .checked_mul(1000)?
+            .checked_div(pass.elapsed_ms)
+    });
+    with_speed(job, speed)
+}
+
+fn with_speed(job: &Job, speed: Option<u64>) -> String {
     let status = &job.status;
     let phase = match status.phase {
         Phase::Preparing => "preparing".to_owned(),
@@ -43,18 +68,24 @@ pub(crate) fn line(job: &Job) -> String {
         Phase::Cancelled => "cancelled".to_owned(),
     };
     let mut parts = vec![phase];
-    if let Some(pass) = status.passes.last() {
+    if status.phase.is_final() {
+        let read = status.passes.iter().map(|pass| pass.read_bytes);
+        parts.push(format!(
+            "{} copied",
+            bytes(read.fold(0, u64::saturating_add))
+        ));
+    } else if let Some(pass) = status.passes.last() {
         let (read, planned) = (bytes(pass.read_bytes), bytes(pass.planned_bytes));
-        parts.push(format!("{read} of {planned}"));
-        if !status.phase.is_final() {
-            parts.push(format!("{}/s", bytes(status.throughput)));
-            parts.push(format!("{} to go", bytes(remainder(pass))));
+        parts.push(format!("{read}/{planned}"));
+        if let Some(speed) = speed {
+            parts.push(format!("{}/s", bytes(speed)));
         }
+        parts.push(format!("{} left", bytes(remainder(pass))));
     }
     if let Some(pause) = status.pause_ms {
         parts.push(format!("pause {pause:.1} ms"));
     } else if let (Some(pause), false) = (status.expected_pause_ms, status.phase.is_final()) {
-        parts.push(format!("pause would be {pause:.0} ms"));
+        parts.push(format!("pause ~{pause:.0} ms"));
     }
     parts.join(", ")
 }
@@ -149,9 +180,12 @@ mod tests {
         let job = job(Phase::Copying, vec![pass(2, 40 << 20, 10 << 20)]);
         assert_eq!(
             line(&job),
-            "pass 2, 10.0 MiB of 40.0 MiB, 100 MiB/s, 30.0 MiB to go, pause would be 42 ms"
+            "pass 2, 10.0 MiB/40.0 MiB, 14.3 MiB/s, 30.0 MiB left, pause ~42 ms"
         );
-        assert_eq!(fraction(&job, 1000), 250);
+        assert_eq!(
+            bar(&job, Some(1 << 20)),
+            "[==>       ] pass 2, 10.0 MiB/40.0 MiB, 1.00 MiB/s, 30.0 MiB left, pause ~42 ms"
+        );
     }
 
     #[test]
@@ -161,10 +195,9 @@ mod tests {
             fraction(&job(Phase::Copying, vec![pass(1, 0, 0)]), 1000),
             1000
         );
-        assert_eq!(
-            fraction(&job(Phase::Copying, vec![pass(1, 1, u64::MAX)]), 9),
-            9
-        );
+        let beyond = job(Phase::Copying, vec![pass(1, 1, u64::MAX)]);
+        assert_eq!(fraction(&beyond, 9), 9);
+        assert!(bar(&beyond, None).starts_with("[==========] pass 1, "));
     }
 
     #[test]

@@ -1,0 +1,45 @@
+use strake_api::job::{MigrationStatus, PassReport};
+
+use super::*;
+
+fn at(elapsed_ms: u64, read_bytes: u64) -> Job {
+    Job {
+        vm: "web1".into(),
+        source: "/a".into(),
+        destination: "/b".into(),
+        to: "b".into(),
+        status: MigrationStatus {
+            job: JobId("j1".into()),
+            disk: "root".into(),
+            phase: Phase::Copying,
+            size_bytes: 1 << 30,
+            passes: vec![PassReport {
+                read_bytes,
+                ..PassReport::default()
+            }],
+            throughput: 0,
+            expected_pause_ms: None,
+            pause_ms: None,
+            elapsed_ms,
+            failure: None,
+        },
+    }
+}
+
+#[test]
+fn the_speed_is_that_of_the_last_seconds() {
+    let mut speed = Speed::default();
+    assert_eq!(speed.next(&at(0, 0)), None);
+    assert_eq!(speed.next(&at(1_000, 5_000)), Some(5_000));
+    assert_eq!(speed.next(&at(2_000, 5_000)), Some(2_500));
+    // The first second is out of the window now.
+    assert_eq!(speed.next(&at(3_000, 5_000)), Some(0));
+}
+
+#[test]
+fn a_job_that_tells_nonsense_has_no_speed() {
+    let mut speed = Speed::default();
+    assert_eq!(speed.next(&at(5_000, 1_000)), None);
+    assert_eq!(speed.next(&at(4_000, 0)), None);
+    assert_eq!(speed.next(&at(6_000, u64::MAX)), None);
+}
