@@ -564,3 +564,52 @@ proptest! {
         prop_assert!(boot(bytes).is_err());
     }
 }
+
+#[test]
+fn sizes_by_which_the_reader_would_allocate_are_checked_first() {
+    let good = ext4(&[File("vmlinuz", b"kernel")]);
+    let word = |at: usize| u32::from_le_bytes(good[at..at + 4].try_into().unwrap());
+    let blocks = word(1024 + 4);
+    // The journal's inode, by the first group's table of inodes.
+    let shift = word(1024 + 0x18);
+    let block = 1024_usize << shift;
+    let group = if shift == 0 { 2048 } else { block };
+    let inode_size = (word(1024 + 0x58) & 0xffff) as usize;
+    let journal = word(group + 8) as usize * block + 7 * inode_size;
+    for (at, value, named) in [
+        (1024 + 0x18, 20, "block size"),
+        (1024 + 4, blocks + 1, "larger than its partition"),
+        (1024 + 0x150, 1 << 20, "larger than its partition"),
+        (journal + 0x6c, 1 << 20, "journal is implausibly large"),
+        (1024 + 0xe0, 12, "journal is at an unusual place"),
+    ] {
+        let mut bad = good.clone();
+        bad[1024 + 0x60] |= 4;
+        put(&mut bad, at, &value.to_le_bytes());
+        let seen = boot(bad).unwrap_err();
+        let part = seen.find("arch.partition-unusable").unwrap();
+        assert!(part.text().contains(named), "{named}: {part}");
+    }
+    // Groups of one block each, on a disk that claims to be large but is not there.
+    struct Sparse(Vec<u8>);
+    impl ReadAt for Sparse {
+        fn size(&self) -> u64 {
+            1 << 50
+        }
+        fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<()> {
+            data.fill(0);
+            let from = usize::try_from(offset).unwrap_or(usize::MAX);
+            if let Some(bytes) = self.0.get(from..) {
+                let count = bytes.len().min(data.len());
+                data[..count].copy_from_slice(&bytes[..count]);
+            }
+            Ok(())
+        }
+    }
+    let mut bad = good;
+    put(&mut bad, 1024 + 4, &u32::MAX.to_le_bytes());
+    put(&mut bad, 1024 + 0x20, &8_u32.to_le_bytes());
+    let seen = find(Box::new(Sparse(bad))).unwrap_err();
+    let part = seen.find("arch.partition-unusable").unwrap();
+    assert!(part.text().contains("too many block groups"), "{part}");
+}
