@@ -14,7 +14,7 @@
 //!
 //! Guest memory must be fresh (all zeroes): parts that a kernel expects cleared are not written.
 //!
-//! Who writes where is in [`layout`](crate::layout): descriptor table, page tables, parameters and
+//! Who writes where is in [`layout`]: descriptor table, page tables, parameters and
 //! command line below 1 MiB; the kernel from 1 MiB (bzImage) or where it wants to be (ELF); the
 //! initial RAM disk as high as possible below 3 GiB.
 
