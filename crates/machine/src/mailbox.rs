@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 use strake_api::control::{Event, ExitReason};
-use strake_observe::{Observation, OsContext, Result};
+use strake_observe::{Observation, OsContext, Result, State, recorder};
 
 use crate::control::Connection;
 use crate::observations::ObservationsDropped;
@@ -32,6 +32,8 @@ struct Inner {
     events: VecDeque<Event>,
     dropped: u64,
     exit: Option<ExitReason>,
+    /// Up to which entry the process's recorder was looked at, if it is followed.
+    recorded: Option<u64>,
 }
 
 impl Mailbox {
@@ -69,6 +71,37 @@ impl Mailbox {
         inner.events.push_back(event);
         drop(inner);
         self.wake();
+    }
+
+    /// From now on open entries of this process's recorder are posted, too.
+    pub fn follow_recorder(self: &Arc<Self>) {
+        self.lock().recorded.get_or_insert(0);
+        let mailbox = Arc::downgrade(self);
+        recorder().watch(Box::new(move || {
+            if let Some(mailbox) = mailbox.upgrade() {
+                mailbox.wake();
+            }
+        }));
+    }
+
+    /// Posts what was recorded since the last call, but for what is part of `told`, which somebody
+    /// is told already.
+    pub(crate) fn take_recorded(&self, told: Option<&Observation>) {
+        let mut inner = self.lock();
+        let Some(after) = inner.recorded else {
+            return;
+        };
+        let entries = recorder().since(after);
+        if let Some(last) = entries.last() {
+            inner.recorded = Some(last.seq);
+        }
+        drop(inner);
+        for entry in entries {
+            let known = told.is_some_and(|told| contains(told, &entry.observation));
+            if entry.state == State::Open && !known {
+                self.observe(entry.observation);
+            }
+        }
     }
 
     /// Posts something that no request waits for.
@@ -155,4 +188,8 @@ impl Mailbox {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn contains(tree: &Observation, part: &Observation) -> bool {
+    tree == part || tree.causes().iter().any(|cause| contains(cause, part))
 }

@@ -33,7 +33,7 @@ pub fn set_confinement(confinement: Confinement) {
 ///
 /// # Errors
 /// What the confinement says; the thread must not go on then.
-pub fn enter(kind: ThreadKind) -> Result<()> {
+pub(crate) fn enter(kind: ThreadKind) -> Result<()> {
     CONFINEMENT.get().map_or(Ok(()), |confine| confine(kind))
 }
 

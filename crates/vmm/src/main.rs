@@ -47,6 +47,7 @@ fn run(arguments: &Arguments) -> Result<ExitReason> {
     let listener = arguments.take_listener()?;
     let terminate = signals::install()?;
     let mailbox = Mailbox::new()?;
+    mailbox.follow_recorder();
     panics::install(&mailbox);
     if arguments.jail == Jail::Full {
         for seen in jail::enter(arguments)? {

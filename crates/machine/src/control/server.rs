@@ -111,6 +111,7 @@ impl Server {
                 self.config.terminate = None;
                 self.mailbox.exit(ExitReason::Stopped);
             }
+            self.mailbox.take_recorded(None);
             self.advance_end();
             self.deliver();
             if let Some(reason) = self.finished() {
@@ -211,6 +212,9 @@ impl Server {
                 return self.hang_up();
             }
         };
+        if let Reply::Failed(told) = &reply {
+            self.mailbox.take_recorded(Some(told));
+        }
         let hello = matches!(reply, Reply::Hello { .. });
         let Some(session) = &mut self.session else {
             return;

@@ -29,8 +29,7 @@ pub(super) fn reset() -> Vec<u8> {
 /// An interrupt without a table for it.
 pub(super) fn triple_fault() -> Vec<u8> {
     vec![
-        0x6a, 0, 0x6a, 0, // push 0; push 0
-        0x0f, 0x01, 0x1c, 0x24, // lidt [esp]
+        0x0f, 0x01, 0x1d, 0, 0x20, 0, 0, // lidt [0x2000]: zeroes
         0x0f, 0x0b, // ud2
     ]
 }

@@ -194,17 +194,18 @@ fn read_write(path: &std::path::Path) -> std::fs::File {
         .unwrap()
 }
 
-fn migrate(monitor: &Monitor, daemon: &mut Daemon, job: &str, suspend: Suspend) -> Reply {
-    let destination = monitor.file("destination.raw", b"");
+/// Asks for the migration `j1` to a new destination called `name`.
+fn migrate(monitor: &Monitor, daemon: &mut Daemon, name: &str, suspend: Suspend) -> Reply {
+    let destination = monitor.file(&format!("{name}.raw"), b"");
     let destination = read_write(&destination);
     destination.set_len(4 << 20).unwrap();
-    let journal = read_write(&monitor.file("journal", b""));
+    let journal = read_write(&monitor.file(&format!("{name}.journal"), b""));
     daemon.ask_with(
         Request::MigrateDisk {
-            job: JobId(job.to_owned()),
+            job: JobId("j1".to_owned()),
             disk: "root".to_owned(),
             destination: FdIndex(0),
-            destination_path: "destination.raw".to_owned(),
+            destination_path: format!("{name}.raw"),
             journal: FdIndex(1),
             limits: MigrationLimits {
                 suspend,
@@ -232,7 +233,7 @@ fn a_migration_waits_for_the_daemon_that_comes_back() {
         let Some((monitor, mut daemon)) = with_disk(2) else {
             return;
         };
-        let reply = migrate(&monitor, &mut daemon, "j1", suspend);
+        let reply = migrate(&monitor, &mut daemon, "first", suspend);
         assert!(matches!(reply, Reply::Done), "{reply:?}");
         daemon.event(awaits);
         // Twice the daemon dies without an answer; the question is asked each time anew.
@@ -245,7 +246,7 @@ fn a_migration_waits_for_the_daemon_that_comes_back() {
             assert_eq!(job.0, "j1");
         }
         assert!(matches!(
-            migrate(&monitor, &mut daemon, "j1", suspend),
+            migrate(&monitor, &mut daemon, "second", suspend),
             Reply::Failed(_)
         ));
         daemon.done(Request::JobDecision {
@@ -263,8 +264,8 @@ fn a_migration_waits_for_the_daemon_that_comes_back() {
         }
         daemon.done(Request::Stop);
         exited(&mut daemon);
-        let copied = std::fs::read(monitor.directory.path().join("destination.raw")).unwrap();
-        assert_eq!(copied, vec![0x5a; 4 << 20]);
+        let copied = std::fs::read(monitor.directory.path().join("first.raw")).unwrap();
+        assert!(copied == vec![0x5a; 4 << 20], "the copy differs");
         monitor.join();
     }
 }
@@ -274,7 +275,7 @@ fn a_migration_that_is_not_committed_stays_on_its_source() {
     let Some((monitor, mut daemon)) = with_disk(1) else {
         return;
     };
-    migrate(&monitor, &mut daemon, "j1", Suspend::Vm);
+    migrate(&monitor, &mut daemon, "first", Suspend::Vm);
     daemon.event(awaits);
     daemon.done(Request::JobDecision {
         job: JobId("j1".to_owned()),

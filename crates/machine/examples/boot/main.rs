@@ -1,11 +1,17 @@
-//! Boots a guest without a daemon and without a jail, its console on standard output: for work on
-//! the monitor itself.
+//! Boots a guest without a daemon, its console on standard output: for work on the monitor itself.
+//! In this process and without a jail, or with `--monitor` in a jailed monitor.
 //!
 //! ```text
 //! boot --kernel vmlinuz [--initrd FILE] [--cmdline TEXT] [--boot-disk] [--disk RAW]... [--tap NAME]
 //!      [--cpus N] [--memory MIB] [--button-after SECONDS]
+//!      [--monitor strake-vmm [--pause-every MS] [--migrate-to RAW]]
 //! ```
-#![allow(unsafe_code)] // Opens a tap device.
+//!
+//! With `--migrate-to` the first disk is migrated to a new file, again and again, each time that
+//! the guest says `MIGRATE` on its console.
+#![allow(unsafe_code)] // Opens a tap device, hands a descriptor to a child.
+
+mod driven;
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -28,10 +34,18 @@ struct Options {
     cpus: u8,
     memory: u64,
     button_after: Option<u64>,
+    monitor: Option<String>,
+    pause_every: Option<u64>,
+    migrate_to: Option<String>,
 }
 
 fn main() {
-    if let Err(seen) = run(&options()) {
+    let options = options();
+    let done = configuration(&options).and_then(|(config, fds)| match &options.monitor {
+        Some(monitor) => driven::run(monitor, &options, config, &fds),
+        None => run(&options, config, fds),
+    });
+    if let Err(seen) = done {
         eprint!("{}", render(&seen, Style::Plain));
         std::process::exit(1);
     }
@@ -55,6 +69,9 @@ fn options() -> Options {
             "--tap" => options.taps.push(value()),
             "--cpus" => options.cpus = value().parse().unwrap_or(1),
             "--memory" => options.memory = value().parse().unwrap_or(512),
+            "--monitor" => options.monitor = Some(value()),
+            "--pause-every" => options.pause_every = value().parse().ok(),
+            "--migrate-to" => options.migrate_to = Some(value()),
             "--button-after" => options.button_after = value().parse().ok(),
             other => {
                 eprintln!("unknown argument '{other}'");
@@ -65,8 +82,8 @@ fn options() -> Options {
     options
 }
 
-fn run(options: &Options) -> Result<()> {
-    let began = Instant::now();
+/// What the daemon would send, and the descriptors for it.
+fn configuration(options: &Options) -> Result<(MachineConfig, Vec<OwnedFd>)> {
     let mut fds: Vec<OwnedFd> = Vec::new();
     let mut give = |fd: OwnedFd| {
         fds.push(fd);
@@ -134,6 +151,12 @@ fn run(options: &Options) -> Result<()> {
                 .os("dup", "standard output")?,
         ),
     };
+    Ok((config, fds))
+}
+
+/// In this process.
+fn run(options: &Options, config: MachineConfig, fds: Vec<OwnedFd>) -> Result<()> {
+    let began = Instant::now();
     let mailbox = Mailbox::new()?;
     let machine = Machine::build(config, &mut Descriptors::new(fds), &mailbox)?;
     eprintln!("built in {:?}", began.elapsed());
