@@ -10,4 +10,5 @@ pub mod packages;
 pub mod programs;
 pub mod setup;
 pub mod tool;
+pub mod whole;
 pub mod workspace;

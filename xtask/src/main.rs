@@ -12,6 +12,7 @@ use xtask::guest;
 use xtask::lab::LabCommand;
 use xtask::observations::BadFile;
 use xtask::setup;
+use xtask::whole::{self, Debian};
 
 /// Strake's own commands.
 #[derive(Debug, Parser)]
@@ -25,10 +26,21 @@ struct Arguments {
 enum Task {
     /// Runs a command in the lab: a KVM host of its own, whatever this machine can do.
     Lab(LabArguments),
+    /// Runs the whole-system tests whose names contain a word; all without one.
+    System(SystemArguments),
     /// Makes the guests that tests and demo boot, and says where they are.
     Guests,
     /// Installs the programs that the other commands need (as root, on Debian).
     Setup,
+}
+
+#[derive(Debug, clap::Args)]
+struct SystemArguments {
+    /// Seconds that all of them together may take.
+    #[arg(long, default_value_t = 1200)]
+    timeout: u64,
+    /// Parts of the tests' names.
+    words: Vec<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -72,6 +84,20 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Lab(arguments) => run_in_lab(&arguments),
+        Task::System(arguments) => {
+            let words: Vec<String> = ["strake-system-tests".to_owned()]
+                .into_iter()
+                .chain(arguments.words)
+                .collect();
+            let debian = if words.len() == 1 || words.iter().any(|word| word.contains("debian")) {
+                Debian::Attached
+            } else {
+                Debian::Absent
+            };
+            let limit = Duration::from_secs(arguments.timeout);
+            let status = whole::command(&words, debian, limit)?.run()?;
+            Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
+        }
         Task::Guests => {
             println!("debian: {}", guest::debian::image()?.display());
             let small = guest::small()?;

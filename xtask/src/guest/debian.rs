@@ -25,11 +25,9 @@ const PARTITION_END: u64 = SIZE - (1 << 20);
 /// Tells the test over the serial console, and gives it a shell, as the small guest does.
 const UNIT: &str = "[Unit]
 Description=Answers Strake's tests
-After=multi-user.target
+After=network.target
 [Service]
 ExecStart=/usr/local/sbin/strake-test
-StandardOutput=tty
-TTYPath=/dev/ttyS0
 [Install]
 WantedBy=multi-user.target
 ";
@@ -44,7 +42,7 @@ for word in $(cat /proc/cmdline); do
         done ;;
     esac
 done
-echo \"debian: ready, $(nproc) vCPUs, init $(cat /proc/1/comm)\"
+echo \"debian: ready, $(nproc) vCPUs, init $(cat /proc/1/comm)\" >/dev/ttyS0
 exec /usr/local/sbin/busybox nc -ll -p 1000 -e /bin/sh
 ";
 

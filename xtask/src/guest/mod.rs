@@ -88,7 +88,8 @@ fn remove(path: &Path) -> Result<()> {
     if path.is_dir() {
         return fs::remove_dir_all(path).os("rmdir", path.display());
     }
-    if path.exists() {
+    // A dangling link is there too.
+    if path.symlink_metadata().is_ok() {
         return fs::remove_file(path).os("unlink", path.display());
     }
     Ok(())

@@ -1,0 +1,262 @@
+//! `kill -9` of the daemon and of the monitor, at chosen and at random instants of a migration:
+//! just one image is the disk, nothing that the guest flushed is lost, and the next attempt works.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::process::Signal;
+use serde_json::Value;
+use strake_host::CRASH_POINTS;
+
+use crate::check;
+use crate::failure::{Failure, Outcome, While};
+use crate::host::Host;
+use crate::load::{Stamps, verify_image};
+use crate::process::{self, signal_pid, wait_until};
+use crate::runner::Test;
+use crate::vm::{Shape, Vm};
+
+pub(super) const TESTS: &[Test] = &[
+    Test {
+        name: "daemon-killed-at-each-point-of-a-migration",
+        run: daemon_at_points,
+    },
+    Test {
+        name: "daemon-killed-at-each-point-of-a-start",
+        run: daemon_at_start,
+    },
+    Test {
+        name: "daemon-killed-at-random-instants",
+        run: daemon_at_random,
+    },
+    Test {
+        name: "monitor-killed-during-a-migration",
+        run: monitor_killed,
+    },
+];
+
+/// The crash points that a start passes; all others lie on the way of a migration.
+fn of_a_start(point: &str) -> bool {
+    [
+        "before-spawn",
+        "after-spawn",
+        "after-configure",
+        "after-start",
+    ]
+    .contains(&point)
+}
+
+/// The store that the disk is not on.
+fn other_store(host: &Host, vm: &Vm) -> Outcome<&'static str> {
+    Ok(if vm.image(host)?.starts_with(host.store("a")) {
+        "b"
+    } else {
+        "a"
+    })
+}
+
+fn jobs(host: &Host) -> Outcome<Vec<Value>> {
+    Ok(host
+        .json(&["jobs"])?
+        .as_array()
+        .cloned()
+        .unwrap_or_default())
+}
+
+fn phase(job: &Value) -> &str {
+    job.pointer("/status/phase")
+        .and_then(Value::as_str)
+        .unwrap_or_default()
+}
+
+/// Every job has come to an end, and the stores hold the disk's image and nothing else that looks
+/// like one, unless a completed job left its source there.
+fn settled(host: &Host, vm: &Vm) -> Outcome {
+    wait_until("every job has ended", Duration::from_secs(90), || {
+        Ok(jobs(host)?
+            .iter()
+            .all(|job| ["completed", "failed", "cancelled"].contains(&phase(job))))
+    })
+    .doing(format!("jobs: {:?}", jobs(host)?))?;
+    let image = vm.image(host)?;
+    check!(
+        image.exists(),
+        "the binding names {}, which does not exist",
+        image.display()
+    );
+    Ok(())
+}
+
+/// Removes what completed migrations left at their sources, so that the next one may go there.
+fn forget_sources(host: &Host, vm: &Vm) -> Outcome {
+    let image = vm.image(host)?;
+    for store in ["a", "b"] {
+        for entry in fs::read_dir(host.store(store))?.flatten() {
+            if entry.path() != image {
+                fs::remove_file(entry.path())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn daemon_at_points(name: &str) -> Outcome {
+    let mut host = Host::start(name)?;
+    let vm = Vm::boot(&mut host, Shape::default())?;
+    let stamps = Stamps::start(vm.guest(), "--rate 100")?;
+    let monitor = vm.pid(&host)?;
+    for point in CRASH_POINTS.iter().filter(|point| !of_a_start(point)) {
+        daemon_at_point(&mut host, &vm, &stamps, point)
+            .and_then(|()| {
+                check!(vm.pid(&host)? == monitor, "the monitor was replaced");
+                Ok(())
+            })
+            .doing(format!("killed {point}"))?;
+    }
+    stamps.end()?;
+    vm.shut_down(&host)?;
+    verify_image(&vm.image(&host)?).map(drop)
+}
+
+fn daemon_at_point(host: &mut Host, vm: &Vm, stamps: &Stamps, point: &str) -> Outcome {
+    host.kill_daemon();
+    host.start_daemon(&[("STRAKE_CRASH_AT", point)])?;
+    let to = other_store(host, vm)?;
+    let known: BTreeSet<String> = jobs(host)?.iter().map(Value::to_string).collect();
+    // Only a source that is to be removed, or a job that fails, passes the last points.
+    let cancels = point.contains("destination-removal");
+    let more: &[&str] = if cancels {
+        &["--rate", "2M"]
+    } else if point.contains("source-removal") {
+        &["--remove-source"]
+    } else {
+        &[]
+    };
+    let client = vm.migrate_in_background(host, to, more)?;
+    if cancels {
+        wait_until(
+            "the migration is under way",
+            Duration::from_secs(20),
+            || {
+                Ok(jobs(host)?
+                    .iter()
+                    .any(|job| !known.contains(&job.to_string())))
+            },
+        )?;
+        let all = jobs(host)?;
+        let job = all
+            .iter()
+            .find(|job| phase(job) == "copying" || phase(job) == "preparing")
+            .and_then(|job| job.pointer("/status/job")?.as_str())
+            .ok_or_else(|| Failure::new(format!("no job runs: {all:?}")))?;
+        // The daemon may die of it before it answers.
+        let _ = host.strake(&["jobs", "cancel", job])?;
+    }
+    host.daemon_ends(Duration::from_secs(90))?;
+    stamps.go_on_without_daemon()?;
+    host.start_daemon(&[])?;
+    // The client found the daemon again, or says that it did not; both are well.
+    client.wait(Duration::from_secs(90))?;
+    settled(host, vm)?;
+    stamps.go_on()?;
+    forget_sources(host, vm)?;
+    let to = other_store(host, vm)?;
+    vm.migrate(host, to).doing("the next migration")?;
+    forget_sources(host, vm)?;
+    stamps.go_on()
+}
+
+fn daemon_at_start(name: &str) -> Outcome {
+    let mut host = Host::start(name)?;
+    let vm = Vm::new("vm", 1, Shape::default());
+    vm.create(&host)?;
+    for point in CRASH_POINTS.iter().filter(|point| of_a_start(point)) {
+        host.kill_daemon();
+        host.start_daemon(&[("STRAKE_CRASH_AT", point)])?;
+        let client = host.in_background(&["start", "vm"])?;
+        host.daemon_ends(Duration::from_secs(60))
+            .doing(format!("killed {point}"))?;
+        let _ = client.wait(Duration::from_secs(60));
+        host.start_daemon(&[])?;
+        wait_until("the VM runs or is stopped", Duration::from_secs(30), || {
+            Ok(["running", "stopped", "failed"].contains(&vm.state(&host)?.as_str()))
+        })
+        .doing(format!("killed {point}"))?;
+        if vm.state(&host)? != "running" {
+            vm.start(&mut host)
+                .doing(format!("the next start after a kill {point}"))?;
+        }
+        host.knows_monitor(vm.pid(&host)?);
+        vm.force_off(&host)?;
+    }
+    vm.start(&mut host)?;
+    vm.wait_for_guest(&host)?;
+    vm.force_off(&host)
+}
+
+fn daemon_at_random(name: &str) -> Outcome {
+    let mut host = Host::start(name)?;
+    let vm = Vm::boot(&mut host, Shape::default())?;
+    let stamps = Stamps::start(vm.guest(), "--rate 100")?;
+    for round in 0..4 {
+        let to = other_store(&host, &vm)?;
+        let client = vm.migrate_in_background(&host, to, &["--rate", "20M"])?;
+        let instant = random_below(4000);
+        thread::sleep(Duration::from_millis(instant));
+        host.kill_daemon();
+        stamps.go_on_without_daemon()?;
+        host.start_daemon(&[])?;
+        client.wait(Duration::from_secs(120))?;
+        settled(&host, &vm).doing(format!("round {round}, killed after {instant} ms"))?;
+        stamps.go_on()?;
+        forget_sources(&host, &vm)?;
+    }
+    stamps.end()?;
+    vm.shut_down(&host)?;
+    verify_image(&vm.image(&host)?).map(drop)
+}
+
+fn monitor_killed(name: &str) -> Outcome {
+    let mut host = Host::start(name)?;
+    let vm = Vm::new("vm", 1, Shape::default());
+    vm.create(&host)?;
+    for instant in [700, random_below(4000)] {
+        vm.start(&mut host)?;
+        vm.wait_for_guest(&host)?;
+        let _stamps = Stamps::start(vm.guest(), "--rate 100 --checkpoint 1")?;
+        let to = other_store(&host, &vm)?;
+        let client = vm.migrate_in_background(&host, to, &["--rate", "20M"])?;
+        thread::sleep(Duration::from_millis(instant));
+        let monitor = vm.pid(&host)?;
+        signal_pid(monitor, Signal::KILL);
+        let said = client.wait(Duration::from_secs(60))?;
+        wait_until(
+            "the VM is known to have failed",
+            Duration::from_secs(30),
+            || Ok(["failed", "stopped"].contains(&vm.state(&host)?.as_str())),
+        )?;
+        check!(!process::exists(monitor), "the monitor survived");
+        settled(&host, &vm).doing(format!("killed after {instant} ms"))?;
+        let image = vm.image(&host)?;
+        verify_image(&image).doing(format!("killed after {instant} ms, {said:?}"))?;
+        forget_sources(&host, &vm)?;
+    }
+    vm.start(&mut host)?;
+    vm.wait_for_guest(&host)?;
+    let stamps = Stamps::start(vm.guest(), "")?;
+    let to = other_store(&host, &vm)?;
+    vm.migrate(&host, to)?;
+    stamps.end()?;
+    vm.shut_down(&host)?;
+    verify_image(&vm.image(&host)?).map(drop)
+}
+
+/// Not reproducible, and meant so: each run tries other instants, and a failure names its own.
+fn random_below(limit: u64) -> u64 {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::from(now.subsec_micros()) % limit
+}
