@@ -25,7 +25,12 @@ fn back_and_forth(size: u64, count: u32, habit: Habit) {
     let mut worst = 0f64;
     for number in 1..=count {
         let to = 1 - on;
-        let job = Job::start(&disk, &images[to], MigrationLimits::default()).unwrap();
+        // What is tested is the data: however busy this host is, the last blocks get their time.
+        let limits = MigrationLimits {
+            pause_ms: 10_000,
+            ..MigrationLimits::default()
+        };
+        let job = Job::start(&disk, &images[to], limits).unwrap();
         assert!(job.asked(), "{:?}", job.migration.status());
         if number % 10 == 1 {
             // The gate is closed: source and destination hold the same.

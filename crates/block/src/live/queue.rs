@@ -215,7 +215,8 @@ impl DiskQueue {
             .offset
             .checked_add(len)
             .is_some_and(|end| end <= self.disk.size());
-        let sectors = request.offset % SECTOR_BYTES == 0 && len % SECTOR_BYTES == 0;
+        let sectors =
+            request.offset.is_multiple_of(SECTOR_BYTES) && len.is_multiple_of(SECTOR_BYTES);
         let path = || self.disk.image().path().to_owned();
         if request.op != Operation::Flush && !(fits && sectors) {
             return Err(BadRequest {

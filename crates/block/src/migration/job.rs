@@ -21,12 +21,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strake_api::job::{MigrationLimits, PassReport, Phase, Suspend};
+use strake_api::job::{MigrationLimits, PassReport, Phase};
 use strake_observe::{Observation, Result, Task};
 
 use super::copier::{Copier, Room, Run, Stop, Tally};
 use super::journal::{Durable, Journal};
 use super::pace::{Pace, rate};
+use super::pause::Pause;
 use super::plan::{DirtyPass, FirstPass, Fresh, Plan, allocated_bytes};
 use super::{Control, SwitchHooks};
 use crate::{
@@ -474,52 +475,5 @@ impl Job {
             pause_ms: self.limits.pause_ms,
         }
         .into()
-    }
-}
-
-/// The scope in which the guest waits. However it is left, the gate opens and the VM goes on.
-struct Pause {
-    disk: Arc<LiveDisk>,
-    hooks: Arc<dyn SwitchHooks>,
-    control: Arc<Control>,
-    suspend: Suspend,
-    began: Instant,
-}
-
-impl Pause {
-    fn new(
-        disk: &Arc<LiveDisk>,
-        hooks: &Arc<dyn SwitchHooks>,
-        control: &Arc<Control>,
-        suspend: Suspend,
-    ) -> Result<Self> {
-        let began = Instant::now();
-        if suspend == Suspend::Vm {
-            hooks.suspend_vm()?;
-        }
-        Ok(Self {
-            disk: Arc::clone(disk),
-            hooks: Arc::clone(hooks),
-            control: Arc::clone(control),
-            suspend,
-            began,
-        })
-    }
-
-    /// False if the requests inside did not end in time.
-    fn close_gate(&self, limit: Duration) -> bool {
-        self.disk.suspend(limit)
-    }
-}
-
-impl Drop for Pause {
-    fn drop(&mut self) {
-        self.disk.resume();
-        if self.suspend == Suspend::Vm {
-            self.hooks.resume_vm();
-        }
-        let took = self.began.elapsed();
-        self.control
-            .update(|status| status.pause_ms = Some(took.as_secs_f64() * 1000.0));
     }
 }

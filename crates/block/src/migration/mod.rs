@@ -28,12 +28,14 @@
 //! `cancel` and `decide` set a word under its lock and wake the thread. The lock is a leaf: nothing
 //! is called while it is held.
 //!
-//! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `journal`: the file.
+//! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
+//!   which the guest waits; `journal`: the file.
 
 mod copier;
 mod job;
 pub mod journal;
 mod pace;
+mod pause;
 mod plan;
 
 use std::fs::File;

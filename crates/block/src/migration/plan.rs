@@ -205,10 +205,10 @@ impl Plan for DirtyPass<'_> {
             look += 1;
         }
         for block in first..end {
-            if self.bitmap.take(block) {
-                if let Some(copied) = self.copied {
-                    copied.mark(block * BLOCK_BYTES, 1);
-                }
+            if self.bitmap.take(block)
+                && let Some(copied) = self.copied
+            {
+                copied.mark(block * BLOCK_BYTES, 1);
             }
         }
         self.at = end;

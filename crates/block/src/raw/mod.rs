@@ -1,13 +1,14 @@
 //! Raw images: a regular file or a block device.
 //!
 //! * `probe`: what the descriptor is and which alignment its accesses need;
-//! * `queue`: requests as steps for the ring;
+//! * `queue`: requests on their way through the ring; `job`: the steps that each takes;
 //! * `locks`: changes smaller than a device's block;
 //! * `aligned`: bounce memory.
 
 mod aligned;
 mod discard;
 mod failures;
+mod job;
 mod locks;
 mod probe;
 mod queue;
@@ -72,7 +73,7 @@ impl RawImage {
         let path = path.into();
         let (backing, size) = probe::identify(&fd, &path)?;
         let alignment = probe::alignment(&fd, backing, &path)?;
-        if alignment.memory > PAGE as u64 || alignment.offset > queue::BOUNCE_BYTES / 2 {
+        if alignment.memory > PAGE as u64 || alignment.offset > job::BOUNCE_BYTES / 2 {
             let what = format!(
                 "on a device that wants accesses aligned to {} bytes of memory and {} of the disk",
                 alignment.memory, alignment.offset

@@ -1,45 +1,21 @@
-//! A queue on a raw image: requests as steps for the ring.
+//! A queue on a raw image: requests as jobs, jobs as steps for the ring.
 //!
-//! A request is done in one step if its memory and its range are aligned, which is the usual case.
-//! Otherwise it goes piece by piece through bounce memory:
-//!
-//! ```text
-//!   read, any alignment       read whole blocks ─► copy out
-//!   write, misaligned memory  copy in ─► write
-//!   write, misaligned range   read whole blocks ─► copy in ─► write      (range held alone)
-//!   write-zeroes              fallocate, or writes of zeroes where the file system cannot
-//!   discard                   fallocate or BLKDISCARD, or nothing where the device cannot
-//! ```
-//!
-//! A step that the kernel did only partly leaves the rest as the next step; one that it wants
-//! tried again is tried again, [`MAX_RETRIES`] times at most.
+//! `job.rs` plans the steps; here they find a place in the ring, a range to themselves where the
+//! device's blocks are large, and their end.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use strake_observe::{Observation, Result};
 
 use super::aligned::Aligned;
+use super::job::{Job, Next};
 use super::locks::Hold;
-use super::probe::Backing;
-use super::{RawFile, discard, failed};
-use crate::uring::{Ended, MAX_VECTORS, Ring, Step};
+use super::{RawFile, failed};
+use crate::uring::{Ended, Ring};
 use crate::{
-    Access, Buffer, Completion, Event, ImageQueue, Operation, ReadOnlyDisk, Request, SECTOR_BYTES,
+    Access, Completion, Event, ImageQueue, Operation, ReadOnlyDisk, Request, SECTOR_BYTES,
 };
-
-/// The bounce memory of one request, whatever its size: a guest cannot make us allocate more.
-pub(super) const BOUNCE_BYTES: u64 = 256 * 1024;
-
-/// Zeroes written by one step where the file system cannot zero a range.
-const ZERO_STEP_BYTES: u64 = 8 * 1024 * 1024;
-
-/// How often a step is tried again when the kernel says EINTR or EAGAIN.
-const MAX_RETRIES: u32 = 1000;
-
-const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
 #[derive(Debug)]
 pub(super) struct RawQueue {
@@ -54,46 +30,6 @@ pub(super) struct RawQueue {
     blocked: VecDeque<usize>,
     ended: VecDeque<Completion>,
     zeroes: Arc<Aligned>,
-}
-
-/// A request on its way.
-#[derive(Debug)]
-struct Job {
-    tag: u64,
-    op: Operation,
-    /// As it was asked for.
-    asked: (u64, u64),
-    /// What is left of it.
-    offset: u64,
-    left: u64,
-    buffers: Vec<Buffer>,
-    doing: Doing,
-    range: Option<u64>,
-    retries: u32,
-}
-
-/// What the step in flight is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Doing {
-    /// Nothing yet.
-    Nothing,
-    /// The rest of the request, straight from or to its memory.
-    Straight,
-    /// Reading whole blocks into bounce memory: `skip` bytes, then `piece` bytes of the request.
-    BounceRead { skip: u64, piece: u64 },
-    /// Reading whole blocks in order to change them.
-    Before { skip: u64, piece: u64 },
-    /// Writing bounce memory.
-    BounceWrite { skip: u64, piece: u64 },
-    /// A flush or fallocate.
-    Whole,
-}
-
-/// What becomes of a job after a step.
-enum Next {
-    Step,
-    Done,
-    Failed(i32),
 }
 
 impl RawQueue {
@@ -120,7 +56,8 @@ impl RawQueue {
             }
             .into());
         }
-        let sectors = request.offset % SECTOR_BYTES == 0 && len % SECTOR_BYTES == 0;
+        let sectors =
+            request.offset.is_multiple_of(SECTOR_BYTES) && len.is_multiple_of(SECTOR_BYTES);
         if request.op != Operation::Flush && !(sectors && self.file.contains(request.offset, len)) {
             return Err(self
                 .file
@@ -214,17 +151,7 @@ impl ImageQueue for RawQueue {
             self.refuse(request.tag, seen);
             return;
         }
-        let job = Job {
-            tag: request.tag,
-            op: request.op,
-            asked: (request.offset, request.len()),
-            offset: request.offset,
-            left: request.len(),
-            buffers: request.buffers,
-            doing: Doing::Nothing,
-            range: None,
-            retries: 0,
-        };
+        let job = Job::new(request);
         let index = match self.free.pop() {
             Some(index) => index,
             None => {
@@ -283,283 +210,5 @@ impl Drop for RawQueue {
         for range in self.jobs.iter().flatten().filter_map(|job| job.range) {
             self.file.locks.release(range);
         }
-    }
-}
-
-impl Job {
-    /// The next step; none if there is nothing to do.
-    fn plan(&mut self, file: &RawFile, zeroes: &Aligned) -> std::result::Result<Option<Step>, i32> {
-        match self.op {
-            Operation::Flush => {
-                self.doing = Doing::Whole;
-                Ok(Some(Step::Sync))
-            }
-            Operation::Read | Operation::Write => Ok(Some(self.plan_transfer(file))),
-            Operation::Discard { .. } => self.plan_discard(file),
-            Operation::WriteZeroes { unmap, .. } => Ok(Some(self.plan_zeroes(file, unmap, zeroes))),
-        }
-    }
-
-    fn plan_transfer(&mut self, file: &RawFile) -> Step {
-        let straight = self.straight_len(file);
-        if straight == 0 {
-            return self.plan_bounce(file);
-        }
-        self.doing = Doing::Straight;
-        let buffers = std::mem::take(&mut self.buffers);
-        let (offset, bounce) = (self.offset, None);
-        match self.op {
-            Operation::Read => Step::Read {
-                offset,
-                buffers,
-                bounce,
-            },
-            _ => Step::Write {
-                offset,
-                buffers,
-                bounce,
-            },
-        }
-    }
-
-    /// How many bytes the next step can do without bounce memory.
-    fn straight_len(&self, file: &RawFile) -> u64 {
-        let align = file.alignment;
-        let mut sum = 0u64;
-        for buffer in self.buffers.iter().take(MAX_VECTORS) {
-            let len = buffer.len() as u64;
-            if buffer.address() as u64 % align.memory != 0 || len % align.memory != 0 {
-                return 0;
-            }
-            sum += len;
-        }
-        if self.offset % align.offset != 0 || sum % align.offset != 0 {
-            return 0;
-        }
-        sum
-    }
-
-    fn plan_bounce(&mut self, file: &RawFile) -> Step {
-        let align = file.alignment.offset;
-        let start = self.offset - self.offset % align;
-        let skip = self.offset - start;
-        let piece = self.left.min(BOUNCE_BYTES - align.min(BOUNCE_BYTES) - skip);
-        let len = (skip + piece).next_multiple_of(align);
-        let mut bounce = Aligned::new(usize::try_from(len).unwrap_or(0));
-        let buffers = vec![bounce.buffer(usize::try_from(len).unwrap_or(0))];
-        if self.op == Operation::Read {
-            self.doing = Doing::BounceRead { skip, piece };
-        } else if skip != 0 || skip + piece != len {
-            self.doing = Doing::Before { skip, piece };
-        } else {
-            self.fill(&mut bounce, skip, piece);
-            self.doing = Doing::BounceWrite { skip, piece };
-            return Step::Write {
-                offset: start,
-                buffers,
-                bounce: Some(bounce),
-            };
-        }
-        Step::Read {
-            offset: start,
-            buffers,
-            bounce: Some(bounce),
-        }
-    }
-
-    /// Puts what the request writes next into bounce memory.
-    fn fill(&self, bounce: &mut Aligned, skip: u64, piece: u64) {
-        let from = usize::try_from(skip).unwrap_or(0);
-        let to = usize::try_from(skip + piece).unwrap_or(0);
-        let Some(mut room) = bounce.bytes_mut().get_mut(from..to) else {
-            return;
-        };
-        if matches!(self.op, Operation::WriteZeroes { .. }) {
-            room.fill(0);
-            return;
-        }
-        for buffer in &self.buffers {
-            let count = buffer.copy_to(room);
-            room = room.get_mut(count..).unwrap_or_default();
-        }
-    }
-
-    fn plan_discard(&mut self, file: &RawFile) -> std::result::Result<Option<Step>, i32> {
-        let (mut offset, mut end) = (self.offset, self.offset + self.left);
-        if file.backing == Backing::BlockDevice {
-            // A discard is a hint: only the whole blocks of it.
-            let align = file.alignment.offset.max(SECTOR_BYTES);
-            offset = offset.next_multiple_of(align);
-            end -= end % align;
-        }
-        if offset >= end {
-            return Ok(None);
-        }
-        let len = end - offset;
-        if RawFile::lacks(&file.no_punch) {
-            if file.backing == Backing::BlockDevice {
-                match discard::discard_device(&file.fd, offset, len) {
-                    Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
-                    Err(error) => return Err(error.raw_os_error()),
-                }
-            }
-            return Ok(None);
-        }
-        self.doing = Doing::Whole;
-        Ok(Some(Step::Allocate {
-            mode: PUNCH,
-            offset,
-            len,
-        }))
-    }
-
-    fn plan_zeroes(&mut self, file: &RawFile, unmap: bool, zeroes: &Aligned) -> Step {
-        let align = match file.backing {
-            Backing::RegularFile => 1,
-            Backing::BlockDevice => file.alignment.offset.max(SECTOR_BYTES),
-        };
-        let aligned = self.offset % align == 0 && self.left % align == 0;
-        let mode = if unmap && !RawFile::lacks(&file.no_punch) {
-            Some(PUNCH)
-        } else if !RawFile::lacks(&file.no_zero_range) {
-            Some(ZERO)
-        } else {
-            None
-        };
-        if let Some(mode) = mode.filter(|_| aligned) {
-            self.doing = Doing::Whole;
-            return Step::Allocate {
-                mode,
-                offset: self.offset,
-                len: self.left,
-            };
-        }
-        // By hand.
-        let align = file.alignment.offset;
-        let direct = self.left - self.left % align;
-        if self.offset % align != 0 || direct == 0 {
-            return self.plan_bounce(file);
-        }
-        let mut rest = direct.min(ZERO_STEP_BYTES);
-        let mut buffers = Vec::new();
-        while rest > 0 {
-            let part = rest.min(zeroes.bytes().len() as u64);
-            buffers.push(zeroes.buffer(usize::try_from(part).unwrap_or(0)));
-            rest -= part;
-        }
-        self.doing = Doing::Straight;
-        Step::Write {
-            offset: self.offset,
-            buffers,
-            bounce: None,
-        }
-    }
-
-    /// What follows from a step's end: perhaps the very next step, and what to do with the job.
-    fn after(&mut self, step: Step, result: i32, file: &RawFile) -> (Option<Step>, Next) {
-        if result < 0 {
-            return (None, self.after_failure(step, -result, file));
-        }
-        let count = u64::from(result.unsigned_abs());
-        let zeroing = matches!(self.op, Operation::WriteZeroes { .. });
-        match (self.doing, step) {
-            (Doing::Nothing, _) => (None, Next::Failed(libc::EIO)),
-            (Doing::Whole, _) => (None, Next::Done),
-            (Doing::Straight, Step::Read { buffers, .. } | Step::Write { buffers, .. }) => {
-                if !zeroing {
-                    self.buffers = buffers;
-                }
-                (None, self.advance(count))
-            }
-            (Doing::BounceRead { skip, piece }, Step::Read { bounce, .. }) => {
-                let got = count.saturating_sub(skip).min(piece);
-                let from = usize::try_from(skip).unwrap_or(0);
-                let to = usize::try_from(skip + got).unwrap_or(0);
-                if let Some(mut bytes) = bounce.as_ref().and_then(|it| it.bytes().get(from..to)) {
-                    for buffer in &self.buffers {
-                        let count = buffer.copy_from(bytes);
-                        bytes = bytes.get(count..).unwrap_or_default();
-                    }
-                }
-                (None, self.advance(got))
-            }
-            (
-                Doing::Before { skip, piece },
-                Step::Read {
-                    offset,
-                    buffers,
-                    bounce: Some(mut bounce),
-                },
-            ) => {
-                // Short at the end of the file: the rest of the block does not exist yet, and the
-                // bounce memory is zero there.
-                self.fill(&mut bounce, skip, piece);
-                self.doing = Doing::BounceWrite { skip, piece };
-                let step = Step::Write {
-                    offset,
-                    buffers,
-                    bounce: Some(bounce),
-                };
-                (Some(step), Next::Step)
-            }
-            (Doing::BounceWrite { skip, piece }, _) => {
-                (None, self.advance(count.saturating_sub(skip).min(piece)))
-            }
-            _ => (None, Next::Failed(libc::EIO)),
-        }
-    }
-
-    fn after_failure(&mut self, step: Step, errno: i32, file: &RawFile) -> Next {
-        if self.doing == Doing::Straight {
-            if let Step::Read { buffers, .. } | Step::Write { buffers, .. } = step {
-                if !matches!(self.op, Operation::WriteZeroes { .. }) {
-                    self.buffers = buffers;
-                }
-            }
-            self.doing = Doing::Nothing;
-        } else if let Step::Allocate { mode, .. } = step {
-            if matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY) {
-                // Not something this file system or device does: planned again without it.
-                let flag = if mode == PUNCH {
-                    &file.no_punch
-                } else {
-                    &file.no_zero_range
-                };
-                flag.store(true, Ordering::Relaxed);
-                return Next::Step;
-            }
-        }
-        if matches!(errno, libc::EINTR | libc::EAGAIN) && self.retries < MAX_RETRIES {
-            self.retries += 1;
-            return Next::Step;
-        }
-        Next::Failed(errno)
-    }
-
-    /// `count` more bytes of the request are done.
-    fn advance(&mut self, count: u64) -> Next {
-        if count == 0 {
-            // The image is shorter than it was when it was opened, or the device writes nothing
-            // without saying why.
-            return Next::Failed(libc::EIO);
-        }
-        self.offset += count.min(self.left);
-        self.left -= count.min(self.left);
-        if self.left == 0 {
-            return Next::Done;
-        }
-        let mut skip = usize::try_from(count).unwrap_or(usize::MAX);
-        let mut whole = 0;
-        for buffer in &mut self.buffers {
-            if buffer.len() <= skip {
-                skip -= buffer.len();
-                whole += 1;
-            } else {
-                *buffer = buffer.part(skip, usize::MAX);
-                break;
-            }
-        }
-        self.buffers.drain(..whole);
-        Next::Step
     }
 }

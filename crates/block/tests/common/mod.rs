@@ -2,6 +2,7 @@
 //! stamps every sector it writes and checks every sector it reads, and the daemon's side of a
 //! migration.
 #![allow(
+    unreachable_pub,
     dead_code,
     unsafe_code,
     clippy::unwrap_used,
