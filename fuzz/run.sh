@@ -2,6 +2,7 @@
 # Builds a fuzz target with the stable toolchain and runs it for some seconds.
 #
 #   fuzz/run.sh TARGET SECONDS [libFuzzer options]
+#   fuzz/run.sh TARGET FILE     runs one input again, for example a crash
 #   fuzz/run.sh --list          the targets' names
 #   fuzz/run.sh --build         builds all of them
 #
@@ -48,6 +49,9 @@ seconds=$2
 shift 2
 
 compile --bin "$target"
+if [ -f "$seconds" ]; then
+    exec "$build/$triple/release/$target" "$seconds"
+fi
 mkdir -p "corpus/$target" "artifacts/$target"
 seeds=
 [ -d "seeds/$target" ] && seeds=seeds/$target
