@@ -25,7 +25,7 @@ compile() {
 -Cllvm-args=-sanitizer-coverage-pc-table \
 -Cllvm-args=-sanitizer-coverage-trace-compares \
 -Ccodegen-units=1 --cfg fuzzing" \
-        cargo build --quiet --locked --release --target "$triple" --target-dir "$build" "$@"
+        cargo build --quiet --release --target "$triple" --target-dir "$build" "$@"
 }
 
 case ${1:-} in
