@@ -11,5 +11,7 @@ pub mod job;
 mod observations;
 pub mod rest;
 pub mod spec;
+#[cfg(test)]
+mod tests;
 
 pub use observations::{CATALOG, SpecInvalid, SpecProblems, SpecRefused, SpecUnwritable};

@@ -130,3 +130,32 @@ fn ioctl(on: BorrowedFd<'_>, what: libc::Ioctl, request: &mut libc::ifreq) -> io
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tap_is_up_and_opened_once() {
+        let tap = format!("strkt{}", std::process::id() % 100_000);
+        let held = match open_tap(&tap, None) {
+            Ok(held) => held,
+            Err(seen) => {
+                // A host without the module or the right says so, and what to do.
+                assert_eq!(seen.id(), "host.tap-unavailable");
+                assert!(seen.find("os.call-failed").is_some());
+                eprintln!("skipped: {seen}");
+                return;
+            }
+        };
+        let flags = std::fs::read_to_string(format!("/sys/class/net/{tap}/flags")).unwrap();
+        let flags = u32::from_str_radix(flags.trim().trim_start_matches("0x"), 16).unwrap();
+        assert_eq!(flags & libc::IFF_UP.unsigned_abs(), 1);
+        let seen = open_tap(&tap, None).unwrap_err();
+        assert!(seen.remedy().contains("in use"), "{seen} {}", seen.remedy());
+        let seen = open_tap("strkt-other", Some("no-such-bridge")).unwrap_err();
+        assert!(seen.find("os.call-failed").is_some(), "{seen}");
+        drop(held);
+        assert!(!std::path::Path::new(&format!("/sys/class/net/{tap}")).exists());
+    }
+}

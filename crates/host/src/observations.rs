@@ -32,6 +32,8 @@ strake_observe::catalog! {
         doing: String,
         /// SQLite's words.
         reason: String,
+        /// Whether it is certain that nothing of it was written.
+        undone: bool,
     }
     text "inventory {path}: cannot {doing}: {reason}";
     remedy "check that the file system of {path} is healthy, writable and not full";

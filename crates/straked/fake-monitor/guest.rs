@@ -26,6 +26,8 @@ pub(crate) struct Machine {
     pub(crate) disks: Vec<Disk>,
     pub(crate) consoles: Vec<UnixStream>,
     pub(crate) jobs: Vec<Job>,
+    /// Whether the guest powers off once no daemon listens.
+    pub(crate) ends_when_alone: bool,
     log: File,
     state: RunState,
     /// Descriptors of which only the holding counts: /dev/kvm, memory, kernel, taps.
@@ -54,6 +56,7 @@ impl Machine {
             disks,
             consoles: Vec::new(),
             jobs: Vec::new(),
+            ends_when_alone: false,
             log,
             state: RunState::Built,
             _others: fds.into_iter().flatten().collect(),
@@ -178,6 +181,7 @@ impl Machine {
                     let _ = disk.image.sync_all();
                 }
             }
+            ["poweroff-when-alone"] => self.ends_when_alone = true,
             ["go"] => self.go_on(events),
             _ => {}
         }

@@ -156,6 +156,10 @@ impl Monitor {
             Ok(Some(received)) => received,
             Ok(None) | Err(_) => {
                 self.daemon = None;
+                if self.machine.as_ref().is_some_and(|of| of.ends_when_alone) {
+                    let reason = ExitReason::GuestPowerOff;
+                    self.events.push(Event::State(RunState::Exited(reason)));
+                }
                 return;
             }
         };

@@ -319,11 +319,9 @@ fn a_destination_that_vanishes_is_not_committed() {
         assert_eq!(job.status.phase, Phase::Failed);
         let vm = world.vm("web1");
         assert_eq!(vm.state, VmState::Running);
-        let seen: Vec<strake_observe::Recorded> = world.ok("GET", "/v1/observations", &Value::Null);
-        let told = seen
-            .iter()
-            .any(|of| of.observation.find("host.commit-failed").is_some());
-        assert!(told, "{seen:#?}");
+        let seen = job.status.failure.unwrap();
+        let why = seen.find("host.commit-failed").unwrap();
+        assert!(why.find("os.call-failed").is_some(), "{seen:#?}");
         if whole {
             std::fs::create_dir(world.path("fast")).unwrap();
         }
@@ -369,5 +367,75 @@ fn a_stop_or_reset_in_a_job_ends_it_on_the_source() {
             let again = soon(|| Some(world.vm("web1")).filter(|vm| vm.state == VmState::Running));
             assert!(again.is_some());
         }
+    }
+}
+
+#[test]
+fn an_image_outside_of_any_datastore_moves_into_one() {
+    let world = World::new();
+    std::fs::write(world.path("own.raw"), vec![b'x'; 8192]).unwrap();
+    let mut body = world.vm_body("web1", "");
+    body["spec"]["disk"][0] =
+        json!({ "name": "root", "image": world.path("own.raw"), "read-only": true });
+    world.ok::<strake_api::rest::Vm>("POST", "/v1/vms", &body);
+    world.start("web1");
+    let job = world.migrate("fast");
+    assert_eq!(world.wait_for_job(&job).status.phase, Phase::Completed);
+    let disk = &world.vm("web1").disks[0];
+    assert_eq!(disk.image, world.text("fast/own.raw"));
+    assert_eq!(disk.datastore.as_deref(), Some("fast"));
+    assert_eq!(reads(&world, "fast/own.raw", 0), "xxxxxx");
+    assert!(world.path("own.raw").exists());
+}
+
+#[test]
+fn an_inventory_without_room_fails_the_job_and_not_the_guest() {
+    // A state directory on a file system of its own that can be filled.
+    let dir = tempfile::TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let state = dir.path().join("state");
+    std::fs::create_dir(&state).unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=2M", "none"])
+        .arg(&state)
+        .status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: no right to mount a tmpfs");
+        return;
+    }
+    let _unmount = Unmount(state.clone());
+    let world = World::in_directory(dir);
+    world.create("job=hold");
+    world.start("web1");
+    world.tell("web1", "write 4096 before");
+    let job = world.migrate("fast");
+    world.wait_for_phase(&job, Phase::Copying);
+    let filler = state.join("filler");
+    let mut file = std::fs::File::create(&filler).unwrap();
+    while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
+    world.tell("web1", "go");
+    // The disk works on its source at once, although the job's end cannot be recorded yet.
+    let freed = soon(|| Some(world.files("fast")).filter(Vec::is_empty));
+    assert!(freed.is_some(), "{}", world.log());
+    world.tell("web1", "write 8192 after!");
+    assert_eq!(reads(&world, "slow/web1-root.raw", 8192), "after!");
+    drop(file);
+    std::fs::remove_file(&filler).unwrap();
+    let job = stays_on_source(&world, &job);
+    assert_eq!(job.status.phase, Phase::Failed);
+    let seen: Vec<strake_observe::Recorded> = world.ok("GET", "/v1/observations", &Value::Null);
+    let full = seen
+        .iter()
+        .find_map(|of| of.observation.find("host.inventory-failed"));
+    assert!(full.unwrap().text().contains("full"), "{seen:#?}");
+}
+
+struct Unmount(std::path::PathBuf);
+
+impl Drop for Unmount {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount")
+            .arg("-l")
+            .arg(&self.0)
+            .status();
     }
 }

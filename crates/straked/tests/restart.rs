@@ -52,9 +52,18 @@ fn what_the_guest_did_meanwhile_is_learnt() {
     let mut world = World::new();
     world.create("");
     world.start("web1");
-    let mut console = world.console("web1");
-    // The bridge dies with the daemon, so the guest's end comes through before.
-    std::io::Write::write_all(&mut console, b"hello\n").unwrap();
+    world.tell("web1", "poweroff-when-alone");
+    world.restart_daemon();
+    let vm = world.wait_for("web1", VmState::Stopped);
+    assert_eq!(vm.last_exit, Some(ExitReason::GuestPowerOff));
+    assert!(monitors(&world.path("run")).is_empty());
+}
+
+#[test]
+fn a_monitor_that_died_meanwhile_is_told() {
+    let mut world = World::new();
+    world.create("");
+    world.start("web1");
     let pid = world.vm("web1").pid.unwrap();
     world.kill_daemon();
     kill(pid);
@@ -126,13 +135,16 @@ fn a_connection_that_is_lost_is_made_again() {
     let pid = world.start("web1").pid;
     // Somebody else connects: the monitor serves the newest, and the daemon comes back.
     let socket = world.path("run/vms/web1/control.sock");
-    for _ in 0..3 {
+    for times in 1..4 {
         drop(connect(&socket));
-        let back = soon(|| {
-            let vm = world.vm("web1");
-            vm.disks[0].counters.is_some().then_some(vm)
-        });
-        assert_eq!(back.unwrap().pid, pid);
+        let again = || {
+            world
+                .log()
+                .matches("connected to the monitor again")
+                .count()
+        };
+        assert!(soon(|| (again() == times).then_some(())).is_some());
+        assert_eq!(world.vm("web1").pid, pid);
     }
     assert_eq!(world.tell("web1", "hello"), "did hello\n");
 }

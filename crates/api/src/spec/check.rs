@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use strake_observe::{Observation, Result};
 
-use super::name::{ImageRef, MAX_DEVICE_NAME, MAX_NAME, check_name, parse_mac};
+use super::name::{ImageRef, MAX_DEVICE_NAME, MAX_NAME, MAX_PATH, check_name, parse_mac};
 use super::read::{Place, Problem, Step};
 use super::{BootSpec, DiskSpec, NicSpec, VmSpec};
 use crate::{SpecInvalid, SpecProblems};
@@ -221,7 +221,7 @@ fn boot(found: &mut Findings, spec: &VmSpec) {
 }
 
 fn host_file(found: &mut Findings, at: &Place, path: &str) {
-    if !path.starts_with('/') || path.len() > 4000 || path.chars().any(char::is_control) {
+    if !path.starts_with('/') || path.len() > MAX_PATH || path.chars().any(char::is_control) {
         found.add(
             at,
             format!("'{}' is not an absolute path", path.escape_debug()),

@@ -39,7 +39,9 @@ pub use check::{
     MAX_CMDLINE, MAX_CPUS, MAX_DEVICES, MAX_DISK, MAX_MEMORY, MAX_QUEUES, MEMORY_STEP, MIN_MEMORY,
     SECTOR,
 };
-pub use name::{ImageRef, MAX_DEVICE_NAME, MAX_FILE_NAME, MAX_NAME, check_name, parse_mac};
+pub use name::{
+    ImageRef, MAX_DEVICE_NAME, MAX_FILE_NAME, MAX_NAME, MAX_PATH, check_name, parse_mac,
+};
 pub use read::MAX_SPEC_TEXT;
 
 /// A VM, as its operator describes it.

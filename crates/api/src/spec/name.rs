@@ -13,6 +13,9 @@ pub const MAX_DEVICE_NAME: usize = 20;
 /// its journal adds.
 pub const MAX_FILE_NAME: usize = 200;
 
+/// The most bytes of a path: the paths of the largest VM fit into one control packet.
+pub const MAX_PATH: usize = 1024;
+
 /// Checks a name: letters, digits, `-`, `_` and `.`, a letter or digit first, at most `longest`
 /// characters.
 ///
@@ -99,10 +102,13 @@ impl ImageRef {
         let climbs = text
             .split('/')
             .any(|part| part == ".." || part.len() > MAX_FILE_NAME);
-        if climbs || text.len() > 4000 {
+        if climbs {
             return Err(format!(
                 "'{text}' has a '..' or a part longer than {MAX_FILE_NAME} bytes"
             ));
+        }
+        if text.len() > MAX_PATH {
+            return Err(format!("a path has at most {MAX_PATH} bytes"));
         }
         if path.file_name().is_none() || text.ends_with('/') {
             return Err(format!("'{text}' is a directory, not an image"));

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use strake_api::control::{ExitReason, Request};
 use strake_api::job::{JobId, MigrationStatus, Phase};
+use strake_api::rest::VmState;
 use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::live::{Cell, Monitor};
@@ -86,8 +87,9 @@ impl Host {
         }
     }
 
-    /// Commits, or failing that makes the opposite durable. `None` if neither can be written: then
-    /// nobody may be told anything yet, and the guest's disk waits.
+    /// Commits, or decides that the binding stays. `None` if the transaction may or may not have
+    /// reached the disk and the opposite cannot be made durable either: then nobody may be told
+    /// anything yet, and the guest's disk waits.
     fn commit(&self, cell: &Cell, job: &JobRecord) -> Option<bool> {
         let committed = check_destination(job).and_then(|()| {
             crash::point("before-commit");
@@ -96,19 +98,30 @@ impl Host {
         let Err(seen) = committed else {
             return Some(true);
         };
+        let undone = seen
+            .find("host.inventory-failed")
+            .and_then(|failed| failed.datum("undone"))
+            .is_none_or(|undone| *undone == true);
         cell.change(|live| live.observe(seen.clone()));
-        note(seen);
-        match self.inventory.abort_job(&job.id) {
+        note(seen.clone());
+        match self.inventory.abort_job(&job.id, &seen) {
             Ok(()) => Some(false),
             Err(seen) => {
                 note(seen);
-                None
+                undone.then_some(false)
             }
         }
     }
 
     /// The monitor says that a job has ended.
     pub(super) fn job_ended(&self, cell: &Cell, monitor: &Monitor, status: &MigrationStatus) {
+        let _jobs = guard(&cell.jobs);
+        self.finish(cell, monitor, status);
+    }
+
+    /// The caller holds the VM's lock of jobs: no other job can take the place of one that has
+    /// just been finished while its files are being removed.
+    fn finish(&self, cell: &Cell, monitor: &Monitor, status: &MigrationStatus) {
         let job = match self.inventory.job(&status.job) {
             Ok(job) if job.vm == cell.name && job.state != JobState::Ended => job,
             Ok(_) => return,
@@ -159,7 +172,7 @@ impl Host {
             match known.iter().find(|status| status.job == job.id) {
                 // A job that runs or waits goes on; the monitor itself asks for the decision.
                 Some(status) if !status.phase.is_final() => {}
-                Some(status) => self.job_ended(cell, monitor, status),
+                Some(status) => self.finish(cell, monitor, status),
                 None => {
                     let forgotten = JobForgotten {
                         job: job.id.to_string(),
@@ -235,7 +248,9 @@ impl Host {
 
     fn finish_on_source(&self, job: &JobRecord, status: &MigrationStatus) {
         crash::point("before-destination-removal");
-        let mut causes: Vec<Observation> = status.failure.clone().into_iter().collect();
+        // Why this daemon or one before decided against the commit, then what the monitor saw.
+        let mut causes: Vec<Observation> = job.status.failure.clone().into_iter().collect();
+        causes.extend(status.failure.clone());
         causes.extend(remove_destination(job).err());
         causes.extend(remove_journal(job).err());
         crash::point("after-destination-removal");
@@ -252,10 +267,39 @@ impl Host {
         self.record_end(job, &status);
     }
 
+    /// If that fails, the job is finished once more later: see [`Host::check_jobs`].
     fn record_end(&self, job: &JobRecord, status: &MigrationStatus) {
         tracing::info!(job = %job.id, phase = ?status.phase, "job ended");
         if let Err(seen) = self.inventory.end_job(&job.id, status) {
             note(seen);
+        }
+    }
+
+    /// Looks for jobs whose end could not be recorded, or was not heard of.
+    pub(super) fn check_jobs(&self) {
+        let Ok(jobs) = self.inventory.jobs() else {
+            return; // Whoever works with the inventory tells.
+        };
+        let active = jobs.iter().filter(|job| job.state != JobState::Ended);
+        for job in active {
+            let Ok(cell) = self.cell(&job.vm) else {
+                continue;
+            };
+            let (monitor, at_rest) = {
+                let live = cell.live();
+                let ended = matches!(live.state, VmState::Stopped | VmState::Failed);
+                let at_rest = live.monitor.is_none() && live.trouble.is_none() && ended;
+                (live.monitor.clone(), at_rest)
+            };
+            match monitor {
+                Some(monitor) => {
+                    if let Some(status) = monitor.status() {
+                        self.reconcile_jobs(&cell, &monitor, &status.jobs);
+                    }
+                }
+                None if at_rest => self.settle_jobs(&job.vm, &ExitReason::Stopped),
+                None => {}
+            }
         }
     }
 }

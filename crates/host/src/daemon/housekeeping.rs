@@ -1,3 +1,6 @@
+//! What has to be looked at again and again: jobs whose end could not be recorded (`commit`), and
+//! logs.
+//!
 //! Logs are kept short: what a guest writes to its serial console must not fill the host.
 //!
 //! The monitor appends to its log through a descriptor that it keeps, so the file is never
@@ -18,18 +21,19 @@ use super::Host;
 /// The longest log of a console or a monitor.
 const LOG_LIMIT: u64 = 16 << 20;
 
-/// How often the logs are looked at.
+/// How often it looks.
 const INTERVAL: Duration = Duration::from_secs(5);
 
 impl Host {
-    /// Starts the thread that keeps logs short for as long as the host lives.
-    pub(super) fn keep_logs_short(self: &Arc<Self>) -> Result<()> {
+    /// Starts the thread that keeps house for as long as the host lives.
+    pub(super) fn keep_house(self: &Arc<Self>) -> Result<()> {
         let host: Weak<Self> = Arc::downgrade(self);
         std::thread::Builder::new()
             .name("housekeeping".to_owned())
             .spawn(move || {
                 while let Some(host) = host.upgrade() {
                     host.shorten_logs();
+                    host.check_jobs();
                     drop(host);
                     std::thread::sleep(INTERVAL);
                 }

@@ -1,8 +1,8 @@
 //! The host's operations.
 //!
 //! Threads: each request runs on a blocking thread of its own; each VM that runs has one supervisor
-//! thread (`supervise`) and, inside of its connection, one reader thread; one thread keeps logs
-//! short (`housekeeping`).
+//! thread (`supervise`) and, inside of its connection, one reader thread; one thread keeps
+//! house (`housekeeping`).
 //!
 //! Locks, in the order in which they may be taken:
 //!
@@ -69,7 +69,7 @@ impl Host {
         task("start the daemon", not_started, |_| {
             let host = Arc::new(Self::prepare(config)?);
             host.recover()?;
-            host.keep_logs_short()?;
+            host.keep_house()?;
             Ok(host)
         })
     }

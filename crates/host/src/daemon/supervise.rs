@@ -195,6 +195,7 @@ impl Supervisor {
         let socket = self.host.config.control_socket(&self.cell.name);
         let (connection, _, events) = Connection::open(&socket)?;
         self.monitor.replace_connection(connection);
+        tracing::info!(vm = %self.cell.name, "connected to the monitor again");
         if let Some(status) = self.monitor.status() {
             self.catch_up(status);
         }

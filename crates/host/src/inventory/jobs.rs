@@ -282,17 +282,23 @@ impl Inventory {
     }
 
     /// Decides that the binding stays. Once this returns `Ok`, no earlier attempt to commit can
-    /// come back: it overwrites what such an attempt may have left in the write-ahead log.
+    /// come back: it overwrites what such an attempt may have left in the write-ahead log. `why`
+    /// is kept as the job's failure.
     ///
     /// # Errors
     /// The inventory cannot be written, or the job is already committed.
-    pub fn abort_job(&self, id: &JobId) -> Result<()> {
+    pub fn abort_job(&self, id: &JobId, why: &Observation) -> Result<()> {
         self.write("abort a job", |tx| {
-            step(
+            let mut job = step(
                 tx,
                 id,
                 &[JobState::Preparing, JobState::Running, JobState::Aborted],
                 JobState::Aborted,
+            )?;
+            job.status.failure = Some(why.clone());
+            tx.execute(
+                "UPDATE jobs SET status = ?2 WHERE seq = ?1",
+                params![number(id), to_json("a job's status", &job.status)?],
             )?;
             Ok(())
         })

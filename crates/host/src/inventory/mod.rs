@@ -38,6 +38,7 @@ pub struct Inventory {
 /// What can go wrong inside of a transaction.
 pub(crate) enum Trouble {
     Sql(rusqlite::Error),
+    AtCommit(rusqlite::Error),
     Seen(Observation),
 }
 
@@ -73,7 +74,7 @@ impl Inventory {
             .open(path)
             .os("open", path.display())?;
         let connection =
-            Connection::open(path).map_err(|error| failed(&show(path), "open it", &error))?;
+            Connection::open(path).map_err(|error| failed(&show(path), "open it", &error, true))?;
         let this = inventory(connection);
         this.prepare()?;
         Ok(this)
@@ -90,14 +91,15 @@ impl Inventory {
                     "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;",
                 )
                 .and_then(|()| connection.busy_timeout(std::time::Duration::from_secs(5)))
-                .map_err(|error| failed(&self.path, "set it up", &error))?;
+                .map_err(|error| failed(&self.path, "set it up", &error, true))?;
         }
         self.write("bring its schema up to date", |tx| {
             schema::migrate(tx, &self.path)
         })
     }
 
-    /// Runs one transaction; it is durable when this returns `Ok`, and undone otherwise.
+    /// Runs one transaction; it is durable when this returns `Ok`, and undone otherwise. Whether
+    /// it is undone for certain, [`InventoryFailed`] tells.
     fn write<T>(
         &self,
         doing: &str,
@@ -111,7 +113,7 @@ impl Inventory {
         let run = || -> Attempt<T> {
             let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let value = work(&tx)?;
-            tx.commit()?;
+            tx.commit().map_err(Trouble::AtCommit)?;
             Ok(value)
         };
         run().map_err(|trouble| self.told(doing, trouble))
@@ -133,16 +135,23 @@ impl Inventory {
     fn told(&self, doing: &str, trouble: Trouble) -> Observation {
         match trouble {
             Trouble::Seen(seen) => seen,
-            Trouble::Sql(error) => failed(&self.path, doing, &error),
+            Trouble::Sql(error) => failed(&self.path, doing, &error, true),
+            Trouble::AtCommit(error) => {
+                // Without room the frame that commits is never written. After any other failure
+                // it may have been: only a later transaction that is durable makes sure.
+                let full = error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull);
+                failed(&self.path, doing, &error, full)
+            }
         }
     }
 }
 
-fn failed(path: &str, doing: &str, error: &rusqlite::Error) -> Observation {
+fn failed(path: &str, doing: &str, error: &rusqlite::Error, undone: bool) -> Observation {
     InventoryFailed {
         path: path.to_owned(),
         doing: doing.to_owned(),
         reason: error.to_string(),
+        undone,
     }
     .into()
 }

@@ -50,6 +50,10 @@ fn new_job() -> NewJob {
     }
 }
 
+fn why() -> Observation {
+    crate::observations::NoSuchVm { vm: "x".into() }.into()
+}
+
 fn with_vm(path: &Path) -> Inventory {
     let inventory = Inventory::open(path).unwrap();
     inventory.add_datastore("slow", "/slow").unwrap();
@@ -167,7 +171,7 @@ fn the_commit_moves_binding_and_job_together() {
     assert_eq!((job.state, job.inode), (JobState::Committed, Some(42)));
     // A committed job can neither be committed again nor be undone nor be forgotten.
     assert!(inventory.commit_job(&job.id).is_err());
-    assert!(inventory.abort_job(&job.id).is_err());
+    assert!(inventory.abort_job(&job.id, &why()).is_err());
     inventory.drop_job(&job.id).unwrap();
     assert_eq!(inventory.active_jobs("web1").unwrap().len(), 1);
     job.status.phase = Phase::Completed;
@@ -185,8 +189,10 @@ fn an_aborted_job_never_commits() {
     let inventory = with_vm(&dir.path().join("i"));
     let job = inventory.reserve_job(&new_job()).unwrap();
     inventory.job_running(&job.id, 1).unwrap();
-    inventory.abort_job(&job.id).unwrap();
-    inventory.abort_job(&job.id).unwrap();
+    inventory.abort_job(&job.id, &why()).unwrap();
+    inventory.abort_job(&job.id, &why()).unwrap();
+    let kept = inventory.job(&job.id).unwrap().status.failure;
+    assert_eq!(kept.unwrap().id(), "host.no-such-vm");
     let seen = inventory.commit_job(&job.id).unwrap_err();
     assert_eq!(seen.id(), "host.commit-failed");
     let disk = &inventory.vm("web1").unwrap().disks[0];

@@ -35,7 +35,10 @@ impl World {
     /// Starts a daemon and adds the datastores.
     pub(crate) fn new() -> Self {
         // Not in /tmp's tmpfs, should it be one: O_DIRECT and statvfs are to be as on a disk.
-        let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Self::in_directory(TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+    }
+
+    pub(crate) fn in_directory(dir: TempDir) -> Self {
         let mut world = Self { dir, daemon: None };
         std::fs::write(world.path("kernel"), b"no kernel, but a file").unwrap();
         world.start_daemon();
