@@ -31,6 +31,8 @@ pub mod lifecycle;
 pub mod observations;
 pub mod pci;
 pub mod serial;
+mod sync;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+mod throttle;
 pub mod virtio;

@@ -17,6 +17,7 @@
 //! No method has a default: a component that forgets one does not compile.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use strake_observe::Result;
@@ -74,20 +75,24 @@ pub trait Component: Send + Sync {
 }
 
 /// The phase of a component, with its transitions checked.
-#[derive(Debug)]
-pub struct PhaseCell(Mutex<Phase>);
-
-impl Default for PhaseCell {
-    fn default() -> Self {
-        Self(Mutex::new(Phase::Prepared))
-    }
+///
+/// One transition at a time, under a mutex; the phase itself is an atomic beside it, so that a
+/// vCPU can look at it while a transition waits for something that the vCPU holds.
+#[derive(Debug, Default)]
+pub struct PhaseCell {
+    transition: Mutex<()>,
+    phase: AtomicU8,
 }
 
 impl PhaseCell {
     /// Where the component is.
     #[must_use]
     pub fn get(&self) -> Phase {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        match self.phase.load(Ordering::Acquire) {
+            0 => Phase::Prepared,
+            1 => Phase::Running,
+            _ => Phase::Quiesced,
+        }
     }
 
     /// Does `work` and goes from `from` to `to`, or stays if `work` fails.
@@ -101,8 +106,12 @@ impl PhaseCell {
         (from, to): (Phase, Phase),
         work: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let mut phase = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if *phase != from {
+        let _transition = self
+            .transition
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let phase = self.get();
+        if phase != from {
             return Err(WrongPhase {
                 component: component.to_owned(),
                 phase: phase.to_string(),
@@ -111,7 +120,12 @@ impl PhaseCell {
             .into());
         }
         work()?;
-        *phase = to;
+        let number = match to {
+            Phase::Prepared => 0,
+            Phase::Running => 1,
+            Phase::Quiesced => 2,
+        };
+        self.phase.store(number, Ordering::Release);
         Ok(())
     }
 }

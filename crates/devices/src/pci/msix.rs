@@ -15,6 +15,7 @@ use strake_observe::{Because, Result, State, recorder};
 
 use crate::interrupt::{MsiBroker, MsiLine};
 use crate::observations::{DeviceUnusable, RouteRefused};
+use crate::throttle::Throttle;
 
 /// Bytes of one table entry.
 pub const TABLE_ENTRY_SIZE: usize = 16;
@@ -27,6 +28,7 @@ const CONTROL_MASKED: u8 = 1;
 pub struct Msix {
     device: String,
     table: Mutex<Table>,
+    reports: Throttle,
 }
 
 #[derive(Debug)]
@@ -34,8 +36,6 @@ struct Table {
     enabled: bool,
     masked: bool,
     entries: Vec<Vector>,
-    /// A hostile guest could refuse-and-retry for ever: one report is enough.
-    reported: bool,
 }
 
 #[derive(Debug)]
@@ -120,8 +120,8 @@ impl Msix {
                 enabled: false,
                 masked: false,
                 entries,
-                reported: false,
             }),
+            reports: Throttle::default(),
         })
     }
 
@@ -232,7 +232,7 @@ impl Msix {
             vector: u16::try_from(index).unwrap_or(u16::MAX),
         });
         if let Err(seen) = settled
-            && !std::mem::replace(&mut table.reported, true)
+            && self.reports.pass()
         {
             recorder().record(seen, State::Open);
         }

@@ -21,6 +21,7 @@
 pub mod blk;
 pub mod console;
 mod guest;
+mod handshake;
 pub mod net;
 mod queue;
 pub mod rng;

@@ -11,15 +11,11 @@
 //! gives it back, which is how a quiesced device is resumed and how a reset knows that nothing
 //! touches guest memory any more.
 //!
-//! What is shared is `Control`: one atomic state and the count of ended threads behind a mutex.
-//! The asker moves the state from `RUN` to `STOP` (and back), the worker from `STOP` to `ENDED`,
-//! each by compare-and-exchange; whoever comes second sees that it lost. Nothing else is published
-//! by the state (the work itself travels through spawn and join), so its ordering only has to pair
-//! with the eventfd that follows it: acquire-release.
+//! What is shared is `Control`: a [`Handshake`] about stopping, the event that wakes the thread to
+//! look at it, and the count of ended threads behind a mutex.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -29,6 +25,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::guest::as_fd;
+use super::handshake::Handshake;
 use super::transport::Interrupter;
 use crate::observations::{DeviceUnusable, GuestBrokeRing, WorkerDied};
 
@@ -212,28 +209,13 @@ pub enum Wanted {
     No,
 }
 
-const RUN: u8 = 0;
-const STOP: u8 = 1;
-const ENDED: u8 = 2;
-
 struct Control {
-    state: AtomicU8,
+    handshake: Handshake,
     wake: EventFd,
     ended: Arc<Ended>,
 }
 
 impl Control {
-    /// Moves on if the state is still `from`.
-    fn shift(&self, from: u8, to: u8) -> bool {
-        self.state
-            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok()
-    }
-
-    fn stopping(&self) -> bool {
-        self.state.load(Ordering::Acquire) != RUN
-    }
-
     fn wake(&self) {
         // A full counter wakes as well.
         let _ = self.wake.write(1);
@@ -246,14 +228,23 @@ struct Ended {
     changed: Condvar,
 }
 
-/// Counts a thread as ended however it ends.
-struct EndGuard(Arc<Ended>);
+/// Counts a thread as ended however it ends. After a panic the guest is told, so that it does not
+/// wait for ever.
+struct EndGuard {
+    ended: Arc<Ended>,
+    interrupter: Interrupter,
+}
 
 impl Drop for EndGuard {
     fn drop(&mut self) {
-        let mut count = lock(&self.0.count);
+        if std::thread::panicking() {
+            let device = self.interrupter.device().to_owned();
+            let died = WorkerDied { device }.into();
+            self.interrupter.fault(Fault::backend(0, died));
+        }
+        let mut count = lock(&self.ended.count);
         *count += 1;
-        self.0.changed.notify_all();
+        self.ended.changed.notify_all();
     }
 }
 
@@ -299,7 +290,7 @@ impl Workers {
         let name = work.name();
         let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).os("eventfd", &name)?;
         let control = Arc::new(Control {
-            state: AtomicU8::new(RUN),
+            handshake: Handshake::new(),
             wake,
             ended: Arc::clone(&self.ended),
         });
@@ -311,7 +302,10 @@ impl Workers {
         let thread = std::thread::Builder::new()
             .name(name.clone())
             .spawn(move || {
-                let _end = EndGuard(Arc::clone(&theirs.ended));
+                let _end = EndGuard {
+                    ended: Arc::clone(&theirs.ended),
+                    interrupter: interrupter.clone(),
+                };
                 run(work, &theirs, &poller, &interrupter)
             })
             .os("spawn a thread", &name)?;
@@ -322,7 +316,7 @@ impl Workers {
     /// Asks all of them to finish what is in flight and to end.
     pub(crate) fn ask_to_stop(&self) {
         for worker in &self.workers {
-            worker.control.shift(RUN, STOP);
+            worker.control.handshake.ask();
             worker.control.wake();
         }
     }
@@ -382,7 +376,7 @@ impl Workers {
     fn revive(mut self, interrupter: &Interrupter) -> Result<Self> {
         let mut works = Vec::new();
         for worker in std::mem::take(&mut self.workers) {
-            if worker.control.shift(STOP, RUN) {
+            if worker.control.handshake.take_back() {
                 worker.control.wake();
                 self.workers.push(worker);
             } else if let Ok(work) = worker.thread.join() {
@@ -431,11 +425,11 @@ fn run(
             }
         };
         step = Ok(Progress::Wait);
-        if control.stopping() {
+        if control.handshake.stopping() {
             if !std::mem::replace(&mut stopped, true) {
                 work.stop();
             }
-            if work.idle() && control.shift(STOP, ENDED) {
+            if work.idle() && control.handshake.end() {
                 return work;
             }
         } else if std::mem::take(&mut stopped) && !broken {
@@ -482,3 +476,7 @@ fn join_steps(
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;

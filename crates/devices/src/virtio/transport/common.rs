@@ -128,9 +128,14 @@ impl Driver {
                     self.crew = Crew::Standing(works);
                     Ok(true)
                 }
-                Err(revived) => {
-                    self.crew = Crew::Serving(revived?);
+                Err(Ok(revived)) => {
+                    self.crew = Crew::Serving(revived);
                     Ok(false)
+                }
+                Err(Err(cause)) => {
+                    // Those that had ended cannot be started again: the driver may start over.
+                    interrupter.fault(Fault::backend(0, cause.clone()));
+                    Err(cause)
                 }
             },
             Crew::Resetting(workers) => {

@@ -12,6 +12,7 @@ use strake_observe::{State, recorder};
 
 use super::super::worker::Fault;
 use crate::pci::Msix;
+use crate::throttle::Throttle;
 
 /// The vector that means none.
 pub(crate) const NO_VECTOR: u16 = 0xffff;
@@ -32,6 +33,7 @@ struct Shared {
     driver_ready: AtomicBool,
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
+    reports: Throttle,
 }
 
 impl fmt::Debug for Interrupter {
@@ -52,6 +54,7 @@ impl Interrupter {
             driver_ready: AtomicBool::new(false),
             config_vector: none(),
             queue_vectors: (0..queues).map(|_| none()).collect(),
+            reports: Throttle::default(),
         }))
     }
 
@@ -71,16 +74,23 @@ impl Interrupter {
         }
     }
 
-    /// The device cannot go on before it is reset. Only the first fault is reported: the guest
-    /// decides how often it breaks its rings.
+    /// The device's name.
+    pub(crate) fn device(&self) -> &str {
+        &self.0.device
+    }
+
+    /// The device cannot go on before it is reset. Only the first fault up to then is reported,
+    /// and not too often: the guest decides how often it breaks its rings.
     pub(crate) fn fault(&self, fault: Fault) {
         if !self.0.needs_reset.swap(true, Ordering::AcqRel) {
-            recorder().record(fault.observed(&self.0.device), State::Open);
+            if self.0.reports.pass() {
+                recorder().record(fault.observed(&self.0.device), State::Open);
+            }
             self.config_changed();
         }
     }
 
-    pub(super) fn needs_reset(&self) -> bool {
+    pub(crate) fn needs_reset(&self) -> bool {
         self.0.needs_reset.load(Ordering::Acquire)
     }
 

@@ -39,7 +39,7 @@ use self::common::Driver;
 pub use self::interrupt::ConfigSignal;
 pub(crate) use self::interrupt::Interrupter;
 use super::VirtioDevice;
-use super::worker::QUIESCE_BOUND;
+use super::worker::{Fault, QUIESCE_BOUND};
 use crate::interrupt::{Doorbells, MsiBroker};
 use crate::lifecycle::{Component, Phase, PhaseCell};
 use crate::observations::{DeviceUnusable, DoorbellRefused, QuiesceTimeout};
@@ -47,6 +47,7 @@ use crate::pci::{
     BarRange, BarSize, BarWidth, ConfigSpace, Identity, MSIX_CAPABILITY, Msix, PciFunction,
     TABLE_ENTRY_SIZE,
 };
+use crate::throttle::Throttle;
 
 /// How long a vCPU that resets a device waits for its workers.
 const RESET_PATIENCE: Duration = Duration::from_millis(50);
@@ -101,8 +102,7 @@ struct Space {
     pci_capability: usize,
     /// The address of the notification area that the doorbells are attached at, and which of them.
     attached: Option<(u64, Vec<bool>)>,
-    /// A guest that moves its BARs for ever gets one report.
-    reported: bool,
+    reports: Throttle,
 }
 
 impl<D: VirtioDevice> fmt::Debug for VirtioPci<D> {
@@ -189,7 +189,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
             let done = self.doorbells.attach(at, NOTIFY_WIDTH, event);
             attached.push(done.is_ok());
             if let Err(cause) = done
-                && !std::mem::replace(&mut space.reported, true)
+                && space.reports.pass()
             {
                 let seen = Observation::from(DoorbellRefused {
                     device: self.device.name().to_owned(),
@@ -284,7 +284,7 @@ impl Space {
             msix_capability,
             pci_capability,
             attached: None,
-            reported: false,
+            reports: Throttle::default(),
         }
     }
 }
@@ -444,7 +444,14 @@ impl<D: VirtioDevice> Component for VirtioPci<D> {
             self.device.name(),
             "resume",
             (Phase::Quiesced, Phase::Running),
-            || self.driver().go_on(self.device.name(), &self.interrupter),
+            || {
+                let resumed = self.driver().go_on(self.device.name(), &self.interrupter);
+                if let Err(cause) = &resumed {
+                    // The works are gone with the failure: the driver may start over.
+                    self.interrupter.fault(Fault::backend(0, cause.clone()));
+                }
+                resumed
+            },
         )
     }
 }
