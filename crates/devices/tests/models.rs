@@ -3,6 +3,8 @@
 //! The file is compiled here a second time, against shuttle's atomics. The eventfd that wakes a
 //! worker is a counter with a condition variable.
 
+#![allow(clippy::unwrap_used)]
+
 #[path = "../src/virtio/handshake.rs"]
 mod handshake;
 
