@@ -103,7 +103,7 @@ pub(super) fn install() -> Result<()> {
         // It is what the main thread was given below.
         ThreadKind::Control => Ok(()),
     }));
-    apply(&compile_clone3()?)?;
+    apply(&compile_unknown()?)?;
     apply(&control)
 }
 
@@ -116,11 +116,15 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram> {
     program(rules(kind)?, SeccompAction::Trap, SeccompAction::Allow)
 }
 
-/// `clone3` as an unknown call. A program of its own: one program has one answer for what it
-/// matches.
-fn compile_clone3() -> Result<BpfProgram> {
+/// Calls that the C library tries and can do without, answered as unknown ones: `clone3` (it takes
+/// `clone`), and `openat`, by which its allocator, once there are more than a few threads, would
+/// count the processors (it asks `sched_getaffinity` then).
+const UNKNOWN: &[libc::c_long] = &[libc::SYS_clone3, libc::SYS_openat];
+
+/// [`UNKNOWN`] as a program of its own: one program has one answer for what it matches.
+fn compile_unknown() -> Result<BpfProgram> {
     let enosys = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
-    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    let rules = UNKNOWN.iter().map(|call| (*call, Vec::new())).collect();
     program(rules, SeccompAction::Allow, enosys)
 }
 
@@ -138,7 +142,7 @@ fn rules(kind: ThreadKind) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         COMMON.iter().map(|call| (*call, Vec::new())).collect();
     // Answered by the other program; among several filters the strictest answer counts.
-    rules.insert(libc::SYS_clone3, Vec::new());
+    rules.extend(UNKNOWN.iter().map(|call| (*call, Vec::new())));
     rules.insert(libc::SYS_clone, vec![threads_only()?]);
     rules.insert(libc::SYS_mmap, vec![not_executable(2)?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable(2)?]);
