@@ -70,7 +70,9 @@ impl Buffers {
             skip -= passed;
             let taken = left.min(u64::from(part.len) - passed);
             left -= taken;
-            let gpa = part.gpa.checked_add(passed)?;
+            // A buffer that wraps around is not in RAM and is refused as a whole or from where it
+            // is; it must not be passed over.
+            let gpa = part.gpa.wrapping_add(passed);
             let len = u32::try_from(taken).ok().filter(|len| *len > 0)?;
             Some(Part { gpa, len })
         })
@@ -267,3 +269,7 @@ impl IoVecs {
         libc::c_int::try_from(self.0.len()).unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+#[path = "guest_tests.rs"]
+mod tests;

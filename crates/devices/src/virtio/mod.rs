@@ -37,7 +37,9 @@ use vmm_sys_util::eventfd::EventFd;
 pub use guest::{Buffers, HostRange, OutsideMemory, Part};
 pub use queue::{CHAIN_LIMIT, Chain, VirtQueue};
 pub use transport::{ConfigSignal, VirtioPci};
-pub use worker::{Fault, Poller, Progress, QUIESCE_BOUND, Ready, Work};
+pub use worker::{
+    Fault, Poller, Progress, QUIESCE_BOUND, Ready, Work, WorkerEntry, set_worker_entry,
+};
 
 /// The bit of a feature number.
 #[must_use]

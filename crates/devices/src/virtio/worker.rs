@@ -16,7 +16,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,17 @@ use crate::observations::{DeviceUnusable, GuestBrokeRing, WorkerDied};
 
 /// How long a device may take to finish what is in flight before a quiesce fails.
 pub const QUIESCE_BOUND: Duration = Duration::from_secs(5);
+
+/// What each worker's thread does first.
+pub type WorkerEntry = fn() -> Result<()>;
+
+static ENTRY: OnceLock<WorkerEntry> = OnceLock::new();
+
+/// Lets every worker's thread begin with `entry`: the machine confines it there. A thread whose
+/// entry fails does no work; its device asks for a reset. Only the first call counts.
+pub fn set_worker_entry(entry: WorkerEntry) {
+    let _ = ENTRY.set(entry);
+}
 
 const WAKE: u64 = u64::MAX;
 const EVENTS: usize = 8;
@@ -412,7 +423,10 @@ fn run(
     let mut events = [EpollEvent::default(); EVENTS];
     let mut broken = false;
     let mut stopped = false;
-    let mut step = work.start();
+    let mut step = match ENTRY.get().map_or(Ok(()), |enter| enter()) {
+        Ok(()) => work.start(),
+        Err(seen) => Err(Fault::backend(0, seen)),
+    };
     loop {
         let again = match step {
             Ok(progress) => progress == Progress::More,
