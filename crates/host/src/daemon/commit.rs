@@ -17,7 +17,6 @@ use std::time::Duration;
 
 use strake_api::control::{ExitReason, Request};
 use strake_api::job::{JobId, MigrationStatus, Phase};
-use strake_api::rest::VmState;
 use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::live::{Cell, Monitor};
@@ -161,15 +160,19 @@ impl Host {
         monitor.process.kill();
     }
 
-    /// Compares the jobs of the inventory with those that a monitor, just reached again, knows.
-    pub(super) fn reconcile_jobs(&self, cell: &Cell, monitor: &Monitor, known: &[MigrationStatus]) {
+    /// Compares the jobs of the inventory with those that the monitor knows. Both are asked under
+    /// the lock: a job that begins in between would look forgotten.
+    pub(super) fn reconcile_jobs(&self, cell: &Cell, monitor: &Monitor) {
         let _jobs = guard(&cell.jobs);
+        let Some(status) = monitor.status() else {
+            return;
+        };
         let active = match self.inventory.active_jobs(&cell.name) {
             Ok(active) => active,
             Err(seen) => return note(seen),
         };
         for job in active {
-            match known.iter().find(|status| status.job == job.id) {
+            match status.jobs.iter().find(|known| known.job == job.id) {
                 // A job that runs or waits goes on; the monitor itself asks for the decision.
                 Some(status) if !status.phase.is_final() => {}
                 Some(status) => self.finish(cell, monitor, status),
@@ -187,6 +190,11 @@ impl Host {
     pub(super) fn settle_jobs(&self, vm: &str, why: &ExitReason) {
         let cell = self.existing_cell(vm);
         let _jobs = cell.as_ref().map(|cell| guard(&cell.jobs));
+        self.settle_all(vm, why);
+    }
+
+    /// The caller holds the VM's lock of jobs.
+    fn settle_all(&self, vm: &str, why: &ExitReason) {
         let active = match self.inventory.active_jobs(vm) {
             Ok(active) => active,
             Err(seen) => return note(seen),
@@ -277,28 +285,22 @@ impl Host {
 
     /// Looks for jobs whose end could not be recorded, or was not heard of.
     pub(super) fn check_jobs(&self) {
-        let Ok(jobs) = self.inventory.jobs() else {
+        let Ok(jobs) = self.inventory.unfinished_jobs() else {
             return; // Whoever works with the inventory tells.
         };
-        let active = jobs.iter().filter(|job| job.state != JobState::Ended);
-        for job in active {
+        for job in jobs {
             let Ok(cell) = self.cell(&job.vm) else {
                 continue;
             };
-            let (monitor, at_rest) = {
-                let live = cell.live();
-                let ended = matches!(live.state, VmState::Stopped | VmState::Failed);
-                let at_rest = live.monitor.is_none() && live.trouble.is_none() && ended;
-                (live.monitor.clone(), at_rest)
-            };
-            match monitor {
-                Some(monitor) => {
-                    if let Some(status) = monitor.status() {
-                        self.reconcile_jobs(&cell, &monitor, &status.jobs);
-                    }
-                }
-                None if at_rest => self.settle_jobs(&job.vm, &ExitReason::Stopped),
-                None => {}
+            let monitor = cell.live().monitor.clone();
+            if let Some(monitor) = monitor {
+                self.reconcile_jobs(&cell, &monitor);
+                continue;
+            }
+            // No job begins while this lock is held, so one that is active belongs to no monitor.
+            let _jobs = guard(&cell.jobs);
+            if cell.live().at_rest() {
+                self.settle_all(&job.vm, &ExitReason::Stopped);
             }
         }
     }

@@ -155,6 +155,12 @@ impl Live {
         }
     }
 
+    /// Whether there is no monitor, not even one that cannot be reached.
+    pub(super) fn at_rest(&self) -> bool {
+        let ended = matches!(self.state, VmState::Stopped | VmState::Failed);
+        ended && self.monitor.is_none() && self.trouble.is_none()
+    }
+
     pub(super) fn observe(&mut self, seen: Observation) {
         if self.observed.len() == OBSERVED_KEPT {
             self.observed.pop_front();

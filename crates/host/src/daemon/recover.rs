@@ -10,21 +10,25 @@
 //! | stopped or failed | – | its jobs, if any, are settled |
 
 use std::sync::Arc;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use strake_api::control::{ExitReason, Request, RunState};
+use strake_api::control::{Event, ExitReason, Request, RunState};
 use strake_api::rest::VmState;
 use strake_observe::{Observation, Result};
 
 use super::live::{Cell, Monitor};
 use super::{Host, note, now_ms};
 use crate::inventory::{StoredState, VmRecord};
-use crate::monitor::connection::{Connection, Greeting, QUICK};
+use crate::monitor::connection::{Connection, Greeting, Incoming, QUICK};
 use crate::monitor::process::Process;
-use crate::observations::{MonitorKilled, MonitorMismatch, MonitorUnreachable};
+use crate::observations::{MonitorKilled, MonitorMismatch, MonitorUnreachable, StartFailed};
 
 /// How long a monitor that no longer listens is given to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a connection that could not be used may still say why.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Host {
     /// Settles every VM and every job; what cannot be settled is observed and shown with the VM.
@@ -39,10 +43,8 @@ impl Host {
             }
         }
         // Jobs whose VM is gone altogether: there is nothing that they could belong to.
-        for job in self.inventory.jobs()? {
-            let orphan = job.state != crate::inventory::JobState::Ended
-                && self.inventory.vm(&job.vm).is_err();
-            if orphan {
+        for job in self.inventory.unfinished_jobs()? {
+            if self.inventory.vm(&job.vm).is_err() {
                 self.settle_jobs(&job.vm, &ExitReason::Stopped);
             }
         }
@@ -51,15 +53,33 @@ impl Host {
 
     fn find(self: &Arc<Self>, cell: &Arc<Cell>, record: &VmRecord) -> Result<()> {
         let socket = self.config.control_socket(&record.name);
-        match Connection::open(&socket) {
+        let seen = match Connection::open(&socket) {
             Ok((connection, greeting, events)) => {
-                let taken = self.take_over(cell, record, connection, &greeting);
-                match taken {
-                    Ok((monitor, state)) => self.adopt(cell, monitor, events, state),
-                    Err(seen) => self.lost(cell, record, seen),
+                match self.take_over(cell, record, connection, &greeting) {
+                    Ok((monitor, state)) => return self.adopt(cell, monitor, events, state),
+                    Err(seen) => {
+                        // A monitor whose guest ended meanwhile says so and is gone at once.
+                        if record.state == StoredState::Running
+                            && let Some(why) = farewell(&events)
+                        {
+                            self.ended_meanwhile(cell, &why);
+                            return Ok(());
+                        }
+                        seen
+                    }
                 }
             }
-            Err(seen) => self.lost(cell, record, seen),
+            Err(seen) => seen,
+        };
+        self.lost(cell, record, seen);
+        Ok(())
+    }
+
+    fn ended_meanwhile(self: &Arc<Self>, cell: &Arc<Cell>, why: &ExitReason) {
+        if self.vm_has_ended(cell, why) == VmState::Starting {
+            let (host, cell) = (Arc::clone(self), Arc::clone(cell));
+            // Not here: the daemon is not yet up, and a start may take long.
+            std::thread::spawn(move || host.start_after_reset(&cell));
         }
     }
 
@@ -99,7 +119,9 @@ impl Host {
         let state = match status.as_ref().map(|status| &status.state) {
             Some(RunState::Running | RunState::Exited(_)) => VmState::Running,
             Some(RunState::Paused) => VmState::Paused,
-            // It hangs or was not started: what it was told cannot be known.
+            // It is slow, or ends just now: the supervisor will see.
+            None if record.state == StoredState::Running => VmState::Running,
+            // It was not started: what it was told cannot be known.
             None | Some(RunState::Unconfigured | RunState::Built) => {
                 return Err(end_unfinished(name, &monitor));
             }
@@ -108,14 +130,12 @@ impl Host {
         if record.state == StoredState::Starting {
             self.inventory.vm_running(name, identity, started_ms)?;
         }
-        if let Some(status) = status {
-            self.reconcile_jobs(cell, &monitor, &status.jobs);
-        }
+        self.reconcile_jobs(cell, &monitor);
         Ok((monitor, state))
     }
 
     /// Nobody answers for the VM.
-    fn lost(&self, cell: &Arc<Cell>, record: &VmRecord, seen: Observation) -> Result<()> {
+    fn lost(&self, cell: &Arc<Cell>, record: &VmRecord, seen: Observation) {
         let name = record.name.as_str();
         let living = record
             .process
@@ -132,7 +152,7 @@ impl Host {
                 live.state = VmState::Failed;
                 live.trouble = Some(unreachable);
             });
-            return Ok(());
+            return;
         }
         let why = match record.process {
             Some((pid, _)) => self.monitor_died(
@@ -140,16 +160,24 @@ impl Host {
                 pid,
                 Some("it ended while no daemon ran, or the host was restarted"),
             ),
-            None => seen,
+            None => Observation::from(StartFailed {
+                vm: name.to_owned(),
+            })
+            .because(seen),
         };
         note(why.clone());
-        let why = ExitReason::Failed(why);
-        self.settle_jobs(name, &why);
-        self.inventory
-            .vm_ended(name, StoredState::Failed, Some(&why))?;
-        cell.change(|live| live.state = VmState::Failed);
-        Ok(())
+        self.vm_has_ended(cell, &ExitReason::Failed(why));
     }
+}
+
+/// Why the guest ended, if the monitor said so before it closed the connection.
+fn farewell(events: &Receiver<Incoming>) -> Option<ExitReason> {
+    while let Ok(Incoming::Event(event)) = events.recv_timeout(FAREWELL_PATIENCE) {
+        if let Event::State(RunState::Exited(why)) = event {
+            return Some(why);
+        }
+    }
+    None
 }
 
 /// Ends a monitor whose guest never ran.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use strake_api::control::{Event, ExitReason, RunState, VmStatus};
+use strake_api::control::{Event, ExitReason, RunState};
 use strake_api::rest::VmState;
 use strake_observe::{Because, Observation, OsContext, Result};
 
@@ -196,17 +196,12 @@ impl Supervisor {
         let (connection, _, events) = Connection::open(&socket)?;
         self.monitor.replace_connection(connection);
         tracing::info!(vm = %self.cell.name, "connected to the monitor again");
+        // What may have been missed while nobody listened.
         if let Some(status) = self.monitor.status() {
-            self.catch_up(status);
+            self.state(status.state);
         }
+        self.host.reconcile_jobs(&self.cell, &self.monitor);
         Ok(events)
-    }
-
-    /// What may have been missed while nobody listened.
-    fn catch_up(&mut self, status: VmStatus) {
-        self.state(status.state);
-        self.host
-            .reconcile_jobs(&self.cell, &self.monitor, &status.jobs);
     }
 
     /// The monitor has ended: nothing of it is left when the VM is shown as stopped.
@@ -215,32 +210,12 @@ impl Supervisor {
         let pid = self.monitor.process.pid();
         let how = self.monitor.process.how_it_ended();
         tracing::info!(vm = %name, pid, ?how, exit = ?self.exit, "monitor ended");
-        let stop_asked = self.cell.live().stop_asked;
         let why = self
             .exit
             .take()
             .unwrap_or_else(|| ExitReason::Failed(self.death(how.as_deref())));
-        self.host.settle_jobs(name, &why);
-        if let Err(seen) = remove_file(&self.host.config.control_socket(name)) {
-            note(seen);
-        }
-        let (stored, shown) = match why {
-            ExitReason::Failed(_) => (StoredState::Failed, VmState::Failed),
-            ExitReason::GuestReset if !stop_asked => (StoredState::Stopped, VmState::Starting),
-            _ => (StoredState::Stopped, VmState::Stopped),
-        };
-        if let Err(seen) = self.host.inventory.vm_ended(name, stored, Some(&why)) {
-            // The next daemon finds the process gone.
-            note(seen);
-        }
         let ran_ms = now_ms().saturating_sub(self.monitor.started_ms);
-        self.cell.change(|live| {
-            live.state = shown;
-            live.monitor = None;
-            live.stop_asked = false;
-            live.trouble = None;
-        });
-        if shown == VmState::Starting {
+        if self.host.vm_has_ended(&self.cell, &why) == VmState::Starting {
             let least = u64::try_from(RESET_INTERVAL.as_millis()).unwrap_or(0);
             if ran_ms < least {
                 std::thread::sleep(Duration::from_millis(least - ran_ms));
@@ -262,6 +237,33 @@ impl Supervisor {
 }
 
 impl Host {
+    /// The VM's monitor is gone: settles and records. What the VM does now is `Starting` if its
+    /// guest asked for a reset; then the caller starts it again.
+    pub(super) fn vm_has_ended(&self, cell: &Cell, why: &ExitReason) -> VmState {
+        let name = cell.name.as_str();
+        let stop_asked = cell.live().stop_asked;
+        self.settle_jobs(name, why);
+        if let Err(seen) = remove_file(&self.config.control_socket(name)) {
+            note(seen);
+        }
+        let (stored, shown) = match why {
+            ExitReason::Failed(_) => (StoredState::Failed, VmState::Failed),
+            ExitReason::GuestReset if !stop_asked => (StoredState::Stopped, VmState::Starting),
+            _ => (StoredState::Stopped, VmState::Stopped),
+        };
+        if let Err(seen) = self.inventory.vm_ended(name, stored, Some(why)) {
+            // The next daemon finds the process gone.
+            note(seen);
+        }
+        cell.change(|live| {
+            live.state = shown;
+            live.monitor = None;
+            live.stop_asked = false;
+            live.trouble = None;
+        });
+        shown
+    }
+
     /// The observation of a monitor's death, with its last words.
     pub(super) fn monitor_died(&self, vm: &str, pid: u32, how: Option<&str>) -> Observation {
         let died = Observation::from(MonitorDied {

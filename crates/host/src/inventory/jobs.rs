@@ -120,6 +120,16 @@ impl Inventory {
         self.read("list the jobs", |db| select(db, "ORDER BY seq", []))
     }
 
+    /// All jobs that have not ended.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn unfinished_jobs(&self) -> Result<Vec<JobRecord>> {
+        self.read("list the jobs that run", |db| {
+            select(db, "WHERE state <> 'ended' ORDER BY seq", [])
+        })
+    }
+
     /// The jobs of a VM that have not ended.
     ///
     /// # Errors
