@@ -6,6 +6,7 @@
 use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
+use strake_devices::virtio::set_worker_entry;
 use strake_observe::{Because, OsContext, Result};
 
 use crate::observations::ThreadFailed;
@@ -15,6 +16,8 @@ use crate::observations::ThreadFailed;
 pub enum ThreadKind {
     /// Runs a vCPU and, for its accesses, the devices' registers.
     Vcpu,
+    /// Serves virtqueues of a device. Started by a vCPU's thread.
+    Worker,
     /// The process's main thread: the control server.
     Control,
 }
@@ -27,6 +30,7 @@ static CONFINEMENT: OnceLock<Confinement> = OnceLock::new();
 /// Confines every thread that begins from now on. Only the first call counts.
 pub fn set_confinement(confinement: Confinement) {
     let _ = CONFINEMENT.set(confinement);
+    set_worker_entry(|| enter(ThreadKind::Worker));
 }
 
 /// Confines the calling thread.

@@ -25,6 +25,8 @@ struct Driver {
     connection: Connection,
     next: u64,
     jobs: u64,
+    /// Why the guest ended.
+    ended: Option<RunState>,
 }
 
 /// Until the guest ends.
@@ -40,6 +42,7 @@ pub(crate) fn run(
         connection,
         next: 1,
         jobs: 0,
+        ended: None,
     };
     driver.ask(
         Request::Hello {
@@ -118,9 +121,7 @@ impl Driver {
                     body: Body::Reply(reply),
                     ..
                 }) => return Ok(reply),
-                Some(packet) => {
-                    self.event(packet)?;
-                }
+                Some(packet) => self.event(packet)?,
                 None => return Err(std::io::Error::other("no reply").into()),
             }
         }
@@ -144,10 +145,9 @@ impl Driver {
         }
     }
 
-    /// Why the guest ended, if the event says so.
-    fn event(&mut self, packet: Packet) -> Result<Option<RunState>> {
+    fn event(&mut self, packet: Packet) -> Result<()> {
         match packet.body {
-            Body::Event(Event::State(state @ RunState::Exited(_))) => return Ok(Some(state)),
+            Body::Event(Event::State(state @ RunState::Exited(_))) => self.ended = Some(state),
             Body::Event(Event::Observed(seen)) => {
                 eprint!("{}", render(&seen, Style::Plain));
             }
@@ -166,7 +166,7 @@ impl Driver {
             Body::Event(event) => eprintln!("event: {event:?}"),
             _ => {}
         }
-        Ok(None)
+        Ok(())
     }
 
     fn watch(
@@ -177,11 +177,13 @@ impl Driver {
     ) -> Result<RunState> {
         console.set_nonblocking(true).os("FIONBIO", "the console")?;
         let mut paused = Instant::now();
+        let mut pressed = false;
         let mut said = Vec::new();
         loop {
-            if let Some(packet) = self.packet(Duration::from_millis(20))?
-                && let Some(reason) = self.event(packet)?
-            {
+            if let Some(packet) = self.packet(Duration::from_millis(20))? {
+                self.event(packet)?;
+            }
+            if let Some(reason) = self.ended.take() {
                 return Ok(reason);
             }
             let mut chunk = [0; 4096];
@@ -204,9 +206,11 @@ impl Driver {
                 paused = Instant::now();
             }
             if let Some(after) = options.button_after
+                && !pressed
                 && began.elapsed() >= Duration::from_secs(after)
             {
                 self.ask(Request::PowerButton, &[])?;
+                pressed = true;
             }
         }
     }

@@ -162,6 +162,7 @@ fn run(options: &Options, config: MachineConfig, fds: Vec<OwnedFd>) -> Result<()
     eprintln!("built in {:?}", began.elapsed());
     machine.start()?;
     eprintln!("started after {:?}", began.elapsed());
+    let mut pressed = false;
     let reason = loop {
         if let Some(reason) = mailbox.take_exit() {
             break reason;
@@ -169,11 +170,13 @@ fn run(options: &Options, config: MachineConfig, fds: Vec<OwnedFd>) -> Result<()
         while let Some(event) = mailbox.take() {
             eprintln!("event: {event:?}");
         }
-        if options
-            .button_after
-            .is_some_and(|seconds| began.elapsed() >= Duration::from_secs(seconds))
+        if !pressed
+            && options
+                .button_after
+                .is_some_and(|seconds| began.elapsed() >= Duration::from_secs(seconds))
         {
             machine.press_power_button()?;
+            pressed = true;
         }
         std::thread::sleep(Duration::from_millis(20));
     };

@@ -1,16 +1,20 @@
 //! Which system calls each kind of thread may make.
 //!
 //! A thread inherits the filter of the one that starts it and adds its own; a call passes if every
-//! filter lets it. The main thread's list is therefore the union of all, and vCPU threads, which
-//! handle what the guest does and start the devices' workers, take away what only the control
-//! socket needs. Another call raises SIGSYS, whose handler names it and ends the process.
+//! filter lets it. The lists are nested as the threads are:
+//!
+//! ```text
+//!   control (main)  ⊇  vCPUs, which start the workers when the guest's drivers are ready  ⊇  workers
+//! ```
+//!
+//! The main thread's other children (the console, migrations) keep its list. Another call raises
+//! SIGSYS, whose handler names it and ends the process.
 //!
 //! No list has a call that opens a file, makes a process, or makes memory executable. `clone3`
 //! hides its flags from the filter; it fails as if the kernel did not know it, and the C library
 //! falls back on `clone`, which may only make threads.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -34,13 +38,10 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_fstat,
     libc::SYS_statx,
     libc::SYS_newfstatat,
-    libc::SYS_fcntl,
-    libc::SYS_ioctl,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_fallocate,
     libc::SYS_eventfd2,
-    libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
@@ -77,6 +78,21 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
+/// What vCPU threads need beside: starting workers.
+const VCPU: &[libc::c_long] = &[libc::SYS_epoll_create1, libc::SYS_fcntl, libc::SYS_seccomp];
+
+/// The kinds of `ioctl` that are let through, by the second byte of their number.
+const KVM: u32 = 0xae;
+const BLOCK_DEVICE: u32 = 0x12;
+
+/// `ioctl`s that are let through one by one: their kind, that of terminals, has others that reach
+/// out of the process.
+const TAP_AND_SOCKETS: &[u32] = &[
+    0x4004_54d0, // TUNSETOFFLOAD
+    0x4004_54d8, // TUNSETVNETHDRSZ
+    0x5421,      // FIONBIO
+];
+
 /// What only the control thread needs: its socket, the restriction of its own threads, and, when
 /// the machine is built, the size and kind of what it was given.
 const CONTROL: &[libc::c_long] = &[
@@ -91,15 +107,16 @@ const CONTROL: &[libc::c_long] = &[
     libc::SYS_fstatfs,
     libc::SYS_memfd_create,
     libc::SYS_rt_sigaction,
-    libc::SYS_seccomp,
 ];
 
 /// Restricts the calling thread, and every thread from now on.
 pub(super) fn install() -> Result<()> {
     let control = compile(ThreadKind::Control)?;
-    let vcpu = Arc::new(compile(ThreadKind::Vcpu)?);
+    let vcpu = compile(ThreadKind::Vcpu)?;
+    let worker = compile(ThreadKind::Worker)?;
     set_confinement(Box::new(move |kind| match kind {
         ThreadKind::Vcpu => apply(&vcpu),
+        ThreadKind::Worker => apply(&worker),
         // It is what the main thread was given below.
         ThreadKind::Control => Ok(()),
     }));
@@ -141,18 +158,27 @@ fn program(
 fn rules(kind: ThreadKind) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         COMMON.iter().map(|call| (*call, Vec::new())).collect();
-    // Answered by the other program; among several filters the strictest answer counts.
-    rules.extend(UNKNOWN.iter().map(|call| (*call, Vec::new())));
-    rules.insert(libc::SYS_clone, vec![threads_only()?]);
+    let mut process_control = vec![equals(0, libc::PR_SET_NAME)?, equals(0, libc::PR_SET_VMA)?];
+    let mut device_control = vec![of_kind(BLOCK_DEVICE)?];
     rules.insert(libc::SYS_mmap, vec![not_executable(2)?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable(2)?]);
-    let mut process_control = vec![equals(libc::PR_SET_NAME)?, equals(libc::PR_SET_VMA)?];
+    if kind != ThreadKind::Worker {
+        rules.extend(VCPU.iter().map(|call| (*call, Vec::new())));
+        // Answered by the other program; among several filters the strictest answer counts.
+        rules.insert(libc::SYS_clone3, Vec::new());
+        rules.insert(libc::SYS_clone, vec![threads_only()?]);
+        // For the filters of the threads that it starts, which have this one, too.
+        process_control.push(equals(0, libc::PR_SET_NO_NEW_PRIVS)?);
+        process_control.push(equals(0, libc::PR_SET_SECCOMP)?);
+        device_control.push(of_kind(KVM)?);
+        for number in TAP_AND_SOCKETS {
+            device_control.push(equals(1, number.cast_signed())?);
+        }
+    }
     if kind == ThreadKind::Control {
         rules.extend(CONTROL.iter().map(|call| (*call, Vec::new())));
-        // For the filters of vCPU threads, which have this one, too, when they add theirs.
-        process_control.push(equals(libc::PR_SET_NO_NEW_PRIVS)?);
-        process_control.push(equals(libc::PR_SET_SECCOMP)?);
     }
+    rules.insert(libc::SYS_ioctl, device_control);
     rules.insert(libc::SYS_prctl, process_control);
     Ok(rules)
 }
@@ -178,10 +204,20 @@ fn not_executable(argument: u8) -> Result<SeccompRule> {
     ))
 }
 
-/// The first argument is `value`.
-fn equals(value: libc::c_int) -> Result<SeccompRule> {
+/// An `ioctl` of this kind.
+fn of_kind(kind: u32) -> Result<SeccompRule> {
     rule(SeccompCondition::new(
-        0,
+        1,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::MaskedEq(0xff00),
+        u64::from(kind << 8),
+    ))
+}
+
+/// The argument is `value`.
+fn equals(argument: u8, value: libc::c_int) -> Result<SeccompRule> {
+    rule(SeccompCondition::new(
+        argument,
         SeccompCmpArgLen::Dword,
         SeccompCmpOp::Eq,
         u64::from(value.unsigned_abs()),

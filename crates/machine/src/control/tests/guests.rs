@@ -34,6 +34,11 @@ pub(super) fn triple_fault() -> Vec<u8> {
     ]
 }
 
+/// Jumps to where there is no memory: no host can emulate that.
+pub(super) fn jump_into_nothing() -> Vec<u8> {
+    vec![0xb8, 0, 0, 0, 0xd0, 0xff, 0xe0] // mov eax, 0xd0000000; jmp eax
+}
+
 /// Says `.` for ever.
 pub(super) fn chatter() -> Vec<u8> {
     vec![

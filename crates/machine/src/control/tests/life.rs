@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use strake_api::control::{DiskConfig, Event, ExitReason, FdIndex, Reply, Request, RunState};
 use strake_api::job::{JobId, MigrationLimits, Phase, Suspend};
 
-use super::guests::{chatter, elf, power_off, reset, say, spin, triple_fault};
+use strake_observe::Kind;
+
+use super::guests::{chatter, elf, jump_into_nothing, power_off, reset, say, spin, triple_fault};
 use super::harness::{Daemon, Monitor, PATIENCE, have_kvm};
 
 fn configured(kernel: &[u8], cpus: u8) -> Option<(Monitor, Daemon)> {
@@ -59,6 +61,21 @@ fn resets_are_told_whatever_their_way() {
         assert_eq!(exited(&mut daemon), ExitReason::GuestReset);
         assert_eq!(monitor.join(), ExitReason::GuestReset);
     }
+}
+
+#[test]
+fn a_guest_that_cannot_go_on_fails_with_its_registers() {
+    let Some((monitor, mut daemon)) = configured(&elf(&[jump_into_nothing()]), 2) else {
+        return;
+    };
+    daemon.done(Request::Start);
+    let ExitReason::Failed(seen) = exited(&mut daemon) else {
+        panic!("it went on");
+    };
+    assert_eq!(seen.id(), strake_kvm::observations::RunFailed::ID);
+    let registers = seen.datum("registers").unwrap();
+    assert_eq!(registers["rip"], "0xd0000000", "{registers}");
+    monitor.join();
 }
 
 #[test]
