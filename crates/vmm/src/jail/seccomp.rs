@@ -10,9 +10,8 @@
 //! The main thread's other children (the console, migrations) keep its list. Another call raises
 //! SIGSYS, whose handler names it and ends the process.
 //!
-//! No list has a call that opens a file, makes a process, or makes memory executable. `clone3`
-//! hides its flags from the filter; it fails as if the kernel did not know it, and the C library
-//! falls back on `clone`, which may only make threads.
+//! No list has a call that opens a file, makes a process, or makes memory executable. What the C
+//! library tries all the same fails as if the kernel did not know it ([`UNKNOWN`]).
 
 use std::collections::BTreeMap;
 
@@ -133,9 +132,10 @@ fn compile(kind: ThreadKind) -> Result<BpfProgram> {
     program(rules(kind)?, SeccompAction::Trap, SeccompAction::Allow)
 }
 
-/// Calls that the C library tries and can do without, answered as unknown ones: `clone3` (it takes
-/// `clone`), and `openat`, by which its allocator, once there are more than a few threads, would
-/// count the processors (it asks `sched_getaffinity` then).
+/// Calls that the C library tries and can do without, answered as unknown ones: `clone3`, whose
+/// flags a filter cannot see (it takes `clone` instead, which may only make threads), and `openat`,
+/// by which its allocator, once there are more than a few threads, would count the processors (it
+/// asks `sched_getaffinity` then).
 const UNKNOWN: &[libc::c_long] = &[libc::SYS_clone3, libc::SYS_openat];
 
 /// [`UNKNOWN`] as a program of its own: one program has one answer for what it matches.
@@ -158,14 +158,14 @@ fn program(
 fn rules(kind: ThreadKind) -> Result<BTreeMap<i64, Vec<SeccompRule>>> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         COMMON.iter().map(|call| (*call, Vec::new())).collect();
+    // Answered by the other program; among several filters the strictest answer counts.
+    rules.extend(UNKNOWN.iter().map(|call| (*call, Vec::new())));
     let mut process_control = vec![equals(0, libc::PR_SET_NAME)?, equals(0, libc::PR_SET_VMA)?];
     let mut device_control = vec![of_kind(BLOCK_DEVICE)?];
     rules.insert(libc::SYS_mmap, vec![not_executable(2)?]);
     rules.insert(libc::SYS_mprotect, vec![not_executable(2)?]);
     if kind != ThreadKind::Worker {
         rules.extend(VCPU.iter().map(|call| (*call, Vec::new())));
-        // Answered by the other program; among several filters the strictest answer counts.
-        rules.insert(libc::SYS_clone3, Vec::new());
         rules.insert(libc::SYS_clone, vec![threads_only()?]);
         // For the filters of the threads that it starts, which have this one, too.
         process_control.push(equals(0, libc::PR_SET_NO_NEW_PRIVS)?);
@@ -237,4 +237,51 @@ fn failed(error: impl std::fmt::Display) -> Observation {
         &std::io::Error::other(error.to_string()),
     )
     .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const KINDS: [ThreadKind; 3] = [ThreadKind::Control, ThreadKind::Vcpu, ThreadKind::Worker];
+
+    #[test]
+    fn the_lists_are_nested() {
+        let [control, vcpu, worker] = KINDS.map(|kind| rules(kind).unwrap());
+        assert!(worker.keys().all(|call| vcpu.contains_key(call)));
+        assert!(vcpu.keys().all(|call| control.contains_key(call)));
+        assert!(worker.len() < vcpu.len() && vcpu.len() < control.len());
+    }
+
+    #[test]
+    fn what_is_answered_as_unknown_ends_no_thread() {
+        for kind in KINDS {
+            let rules = rules(kind).unwrap();
+            assert!(UNKNOWN.iter().all(|call| rules.contains_key(call)));
+        }
+    }
+
+    #[test]
+    fn nothing_reaches_out_of_the_process() {
+        for call in [
+            libc::SYS_open,
+            libc::SYS_openat2,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_fork,
+            libc::SYS_vfork,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_bind,
+            libc::SYS_kill,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_readv,
+            libc::SYS_mount,
+            libc::SYS_bpf,
+        ] {
+            for kind in KINDS {
+                assert!(!rules(kind).unwrap().contains_key(&call), "{call}");
+            }
+        }
+    }
 }
