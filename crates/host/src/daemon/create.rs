@@ -132,11 +132,8 @@ impl Host {
                 ));
             }
         }
-        let taken =
-            self.inventory.jobs()?.into_iter().find(|job| {
-                job.state != crate::inventory::JobState::Ended && job.destination == path
-            });
-        if let Some(job) = taken {
+        let unfinished = self.inventory.unfinished_jobs()?;
+        if let Some(job) = unfinished.iter().find(|job| job.destination == path) {
             return Err(in_use(&path, &format!("job {}", job.id)));
         }
         Ok(Placed {

@@ -38,6 +38,9 @@ const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 /// A guest that resets at once is not started again at once.
 const RESET_INTERVAL: Duration = Duration::from_secs(2);
 
+/// What a monitor observed this long before its death may have to do with it.
+const CAUSE_WINDOW_MS: u64 = 30_000;
+
 /// Observations of one monitor that are kept within [`FLOOD_WINDOW`]; more say nothing new.
 const FLOOD_LIMIT: u32 = 50;
 
@@ -227,6 +230,10 @@ impl Supervisor {
     /// A monitor that ended without a word.
     fn death(&self, how: Option<&str>) -> Observation {
         let observed = std::mem::take(&mut self.cell.live().observed);
+        let now = now_ms();
+        let observed = observed
+            .into_iter()
+            .filter(|seen| now.saturating_sub(seen.record().at_ms) <= CAUSE_WINDOW_MS);
         let died = self
             .host
             .monitor_died(&self.cell.name, self.monitor.process.pid(), how)
