@@ -124,13 +124,15 @@ impl World {
 
     /// Waits until the daemon has ended at its crash point.
     pub(crate) fn wait_for_crash(&mut self) {
-        let mut daemon = self.daemon.take().unwrap();
+        // It stays ours until it has ended: a failed test must not leave it behind.
+        let daemon = self.daemon.as_mut().unwrap();
         let ended = soon(|| daemon.try_wait().unwrap());
         assert!(
             ended.is_some(),
             "the crash point was not reached: {}",
             self.log()
         );
+        self.daemon = None;
     }
 
     pub(crate) fn restart_daemon(&mut self) {
