@@ -4,6 +4,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -58,12 +59,20 @@ pub fn receive(socket: impl AsFd, buffer: &mut Vec<u8>) -> Result<Option<Receive
     let mut space =
         [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let message = rustix::io::retry_on_intr(|| {
-        let mut parts = [IoSliceMut::new(buffer)];
-        recvmsg(&socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
-    });
+    let mut once = || {
+        rustix::io::retry_on_intr(|| {
+            let mut parts = [IoSliceMut::new(buffer)];
+            recvmsg(&socket, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+        })
+    };
+    // The other end closed without having read everything. The kernel tells that once and first;
+    // what the other end said before is still there, and its last word matters most.
+    let message = match once() {
+        Err(Errno::CONNRESET) => once(),
+        message => message,
+    };
     let message = match message {
-        Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+        Err(Errno::CONNRESET) => return Ok(None),
         message => message.os("recvmsg", "a control socket")?,
     };
     let mut fds = Vec::new();

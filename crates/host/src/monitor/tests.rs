@@ -158,3 +158,24 @@ fn a_spawned_monitor_has_its_socket_and_nothing_else() {
     let seen = spawn::spawn(Path::new("/no/such"), "x", &socket, &log).unwrap_err();
     assert_eq!(seen.id(), "host.monitor-not-spawned");
 }
+
+#[test]
+fn the_last_word_of_one_who_left_without_listening_is_heard() {
+    use rustix::net::socketpair;
+    let (ours, theirs) = socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .unwrap();
+    let packet = |body| Packet { id: 0, body };
+    packet::send(&ours, &packet(Body::Request(Request::Status)), &[]).unwrap();
+    let word = packet(Body::Event(Event::State(RunState::Paused)));
+    packet::send(&theirs, &word, &[]).unwrap();
+    drop(theirs);
+    let mut buffer = Vec::new();
+    let heard = packet::receive(&ours, &mut buffer).unwrap().unwrap();
+    assert_eq!(heard.packet, word);
+    assert!(packet::receive(&ours, &mut buffer).unwrap().is_none());
+}
