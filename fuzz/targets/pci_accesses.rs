@@ -10,16 +10,50 @@ use strake_fuzz::{Access, Address};
 
 #[derive(Debug, Arbitrary)]
 enum Step {
-    Ports { offset: u8, access: Access },
-    Config { slot: u8, offset: u16, access: Access },
-    AnyConfig { offset: u32, access: Access },
-    Bar { device: u8, offset: u16, access: Access },
-    Common { device: u8, offset: u8, access: Access },
-    Vector { device: u8, vector: u8, word: u8, value: u32 },
-    Msix { slot: u8, control: u16 },
-    Rings { device: u8, at: Address },
-    Ready { device: u8 },
-    Window { offset: u64, access: Access },
+    Ports {
+        offset: u8,
+        access: Access,
+    },
+    Config {
+        slot: u8,
+        offset: u16,
+        access: Access,
+    },
+    AnyConfig {
+        offset: u32,
+        access: Access,
+    },
+    Bar {
+        device: u8,
+        offset: u16,
+        access: Access,
+    },
+    Common {
+        device: u8,
+        offset: u8,
+        access: Access,
+    },
+    Vector {
+        device: u8,
+        vector: u8,
+        word: u8,
+        value: u32,
+    },
+    Msix {
+        slot: u8,
+        control: u16,
+    },
+    Rings {
+        device: u8,
+        at: Address,
+    },
+    Ready {
+        device: u8,
+    },
+    Window {
+        offset: u64,
+        access: Access,
+    },
 }
 
 const BAR_BYTES: u64 = 0x8000;
