@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use strake_observe::Result;
 
-use crate::raw::failed;
+use crate::raw::{Failure, failed};
 use crate::{Access, Completion, Event, Image, ImageQueue, Operation, Request};
 
 /// Which requests a [`Fault`] is for.
@@ -244,7 +244,7 @@ impl FaultQueue {
                 &self.path,
                 request.offset,
                 request.len(),
-                errno,
+                Failure::usual(request.op, errno),
             )),
         });
         self.event.signal();

@@ -34,7 +34,10 @@ pub(crate) enum Step {
     Write {
         offset: u64,
         buffers: Vec<Buffer>,
-        #[expect(dead_code, reason = "held for the kernel, which reads it")]
+        #[cfg_attr(
+            not(test),
+            expect(dead_code, reason = "held for the kernel, which reads it")
+        )]
         bounce: Option<Aligned>,
     },
     Sync,

@@ -7,22 +7,27 @@
 //!   read, any alignment       read whole blocks ─► copy out
 //!   write, misaligned memory  copy in ─► write
 //!   write, misaligned range   read whole blocks ─► copy in ─► write      (range held alone)
+//!                             ─► cut the file back, if its last block made it longer
 //!   write-zeroes              fallocate, or writes of zeroes where the file system cannot
 //!   discard                   fallocate or BLKDISCARD, or nothing where the device cannot
 //! ```
 //!
 //! A step that the kernel did only partly leaves the rest as the next step; one that it wants
 //! tried again is tried again, [`MAX_RETRIES`] times at most.
+//!
+//! A step that needs bounce memory needs room for it in its queue's budget: the job waits if there
+//! is none.
 
 use std::sync::atomic::Ordering;
 
 use super::aligned::Aligned;
+use super::failures::{Call, Failure};
 use super::probe::Backing;
 use super::{RawFile, discard};
 use crate::uring::{MAX_VECTORS, Step};
 use crate::{Buffer, Operation, Request, SECTOR_BYTES};
 
-/// The bounce memory of one request, whatever its size: a guest cannot make us allocate more.
+/// The bounce memory of one request at most, whatever its size.
 pub(super) const BOUNCE_BYTES: u64 = 256 * 1024;
 
 /// Zeroes written by one step where the file system cannot zero a range.
@@ -46,6 +51,8 @@ pub(super) struct Job {
     pub(super) left: u64,
     buffers: Vec<Buffer>,
     doing: Doing,
+    /// Bounce memory that its step in flight holds.
+    pub(super) bounced: u64,
     pub(super) range: Option<u64>,
     retries: u32,
 }
@@ -59,19 +66,33 @@ enum Doing {
     Straight,
     /// Reading whole blocks into bounce memory: `skip` bytes, then `piece` bytes of the request.
     BounceRead { skip: u64, piece: u64 },
-    /// Reading whole blocks in order to change them.
-    Before { skip: u64, piece: u64 },
+    /// Reading whole blocks in order to change them; `got` bytes were there already.
+    Before { skip: u64, piece: u64, got: u64 },
     /// Writing bounce memory.
     BounceWrite { skip: u64, piece: u64 },
     /// A flush or fallocate.
     Whole,
 }
 
+/// What a job does next.
+#[derive(Debug)]
+pub(super) enum Planned {
+    Step(Step),
+    /// Nothing is to be done.
+    Nothing,
+    /// It needs more bounce memory than there is room for.
+    NoRoom,
+}
+
 /// What becomes of a job after a step.
+#[derive(Debug)]
 pub(super) enum Next {
+    /// This very step follows. It keeps the bounce memory.
+    AtOnce(Step),
+    /// It is to be planned again.
     Step,
     Done,
-    Failed(i32),
+    Failed(Failure),
 }
 
 impl Job {
@@ -84,37 +105,39 @@ impl Job {
             left: request.len(),
             buffers: request.buffers,
             doing: Doing::Nothing,
+            bounced: 0,
             range: None,
             retries: 0,
         }
     }
 
-    /// The next step; none if there is nothing to do.
+    /// The next step, with at most `room` bytes of bounce memory.
     pub(super) fn plan(
         &mut self,
         file: &RawFile,
         zeroes: &Aligned,
-    ) -> std::result::Result<Option<Step>, i32> {
+        room: u64,
+    ) -> std::result::Result<Planned, Failure> {
         match self.op {
             Operation::Flush => {
                 self.doing = Doing::Whole;
-                Ok(Some(Step::Sync))
+                Ok(Planned::Step(Step::Sync))
             }
-            Operation::Read | Operation::Write => Ok(Some(self.plan_transfer(file))),
+            Operation::Read | Operation::Write => Ok(self.plan_transfer(file, room)),
             Operation::Discard { .. } => self.plan_discard(file),
-            Operation::WriteZeroes { unmap, .. } => Ok(Some(self.plan_zeroes(file, unmap, zeroes))),
+            Operation::WriteZeroes { unmap, .. } => Ok(self.plan_zeroes(file, unmap, zeroes, room)),
         }
     }
 
-    fn plan_transfer(&mut self, file: &RawFile) -> Step {
+    fn plan_transfer(&mut self, file: &RawFile, room: u64) -> Planned {
         let straight = self.straight_len(file);
         if straight == 0 {
-            return self.plan_bounce(file);
+            return self.plan_bounce(file, room);
         }
         self.doing = Doing::Straight;
         let buffers = std::mem::take(&mut self.buffers);
         let (offset, bounce) = (self.offset, None);
-        match self.op {
+        Planned::Step(match self.op {
             Operation::Read => Step::Read {
                 offset,
                 buffers,
@@ -125,7 +148,7 @@ impl Job {
                 buffers,
                 bounce,
             },
-        }
+        })
     }
 
     /// How many bytes the next step can do without bounce memory.
@@ -147,32 +170,41 @@ impl Job {
         sum
     }
 
-    fn plan_bounce(&mut self, file: &RawFile) -> Step {
+    fn plan_bounce(&mut self, file: &RawFile, room: u64) -> Planned {
+        // The same for all, so that small ones do not keep a large one waiting for ever.
+        if room < BOUNCE_BYTES {
+            return Planned::NoRoom;
+        }
         let align = file.alignment.offset;
         let start = self.offset - self.offset % align;
         let skip = self.offset - start;
         let piece = self.left.min(BOUNCE_BYTES - align.min(BOUNCE_BYTES) - skip);
         let len = (skip + piece).next_multiple_of(align);
         let mut bounce = Aligned::new(usize::try_from(len).unwrap_or(0));
+        self.bounced = len;
         let buffers = vec![bounce.buffer(usize::try_from(len).unwrap_or(0))];
         if self.op == Operation::Read {
             self.doing = Doing::BounceRead { skip, piece };
         } else if skip != 0 || skip + piece != len {
-            self.doing = Doing::Before { skip, piece };
+            self.doing = Doing::Before {
+                skip,
+                piece,
+                got: 0,
+            };
         } else {
             self.fill(&mut bounce, skip, piece);
             self.doing = Doing::BounceWrite { skip, piece };
-            return Step::Write {
+            return Planned::Step(Step::Write {
                 offset: start,
                 buffers,
                 bounce: Some(bounce),
-            };
+            });
         }
-        Step::Read {
+        Planned::Step(Step::Read {
             offset: start,
             buffers,
             bounce: Some(bounce),
-        }
+        })
     }
 
     /// Puts what the request writes next into bounce memory.
@@ -192,7 +224,7 @@ impl Job {
         }
     }
 
-    fn plan_discard(&mut self, file: &RawFile) -> std::result::Result<Option<Step>, i32> {
+    fn plan_discard(&mut self, file: &RawFile) -> std::result::Result<Planned, Failure> {
         let (mut offset, mut end) = (self.offset, self.offset + self.left);
         if file.backing == Backing::BlockDevice {
             // A discard is a hint: only the whole blocks of it.
@@ -201,27 +233,29 @@ impl Job {
             end -= end % align;
         }
         if offset >= end {
-            return Ok(None);
+            return Ok(Planned::Nothing);
         }
         let len = end - offset;
         if RawFile::lacks(&file.no_punch) {
             if file.backing == Backing::BlockDevice {
                 match discard::discard_device(&file.fd, offset, len) {
                     Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => {}
-                    Err(error) => return Err(error.raw_os_error()),
+                    Err(error) => {
+                        return Err(Failure::new(Call::DiscardDevice, error.raw_os_error()));
+                    }
                 }
             }
-            return Ok(None);
+            return Ok(Planned::Nothing);
         }
         self.doing = Doing::Whole;
-        Ok(Some(Step::Allocate {
+        Ok(Planned::Step(Step::Allocate {
             mode: PUNCH,
             offset,
             len,
         }))
     }
 
-    fn plan_zeroes(&mut self, file: &RawFile, unmap: bool, zeroes: &Aligned) -> Step {
+    fn plan_zeroes(&mut self, file: &RawFile, unmap: bool, zeroes: &Aligned, room: u64) -> Planned {
         let align = match file.backing {
             Backing::RegularFile => 1,
             Backing::BlockDevice => file.alignment.offset.max(SECTOR_BYTES),
@@ -236,17 +270,17 @@ impl Job {
         };
         if let Some(mode) = mode.filter(|_| aligned) {
             self.doing = Doing::Whole;
-            return Step::Allocate {
+            return Planned::Step(Step::Allocate {
                 mode,
                 offset: self.offset,
                 len: self.left,
-            };
+            });
         }
         // By hand.
         let align = file.alignment.offset;
         let direct = self.left - self.left % align;
         if !self.offset.is_multiple_of(align) || direct == 0 {
-            return self.plan_bounce(file);
+            return self.plan_bounce(file, room);
         }
         let mut rest = direct.min(ZERO_STEP_BYTES);
         let mut buffers = Vec::new();
@@ -256,33 +290,33 @@ impl Job {
             rest -= part;
         }
         self.doing = Doing::Straight;
-        Step::Write {
+        Planned::Step(Step::Write {
             offset: self.offset,
             buffers,
             bounce: None,
-        }
+        })
     }
 
-    /// What follows from a step's end: perhaps the very next step, and what to do with the job.
-    pub(super) fn after(
-        &mut self,
-        step: Step,
-        result: i32,
-        file: &RawFile,
-    ) -> (Option<Step>, Next) {
+    /// What follows from a step's end.
+    pub(super) fn after(&mut self, step: Step, result: i32, file: &RawFile) -> Next {
+        let call = match &step {
+            Step::Read { .. } => Call::Read,
+            Step::Write { .. } => Call::Write,
+            Step::Sync => Call::Sync,
+            Step::Allocate { .. } => Call::Allocate,
+        };
         if result < 0 {
-            return (None, self.after_failure(step, -result, file));
+            return self.after_failure(step, Failure::new(call, -result), file);
         }
         let count = u64::from(result.unsigned_abs());
         let zeroing = matches!(self.op, Operation::WriteZeroes { .. });
         match (self.doing, step) {
-            (Doing::Nothing, _) => (None, Next::Failed(libc::EIO)),
-            (Doing::Whole, _) => (None, Next::Done),
+            (Doing::Whole, _) => Next::Done,
             (Doing::Straight, Step::Read { buffers, .. } | Step::Write { buffers, .. }) => {
                 if !zeroing {
                     self.buffers = buffers;
                 }
-                (None, self.advance(count))
+                self.advance(count, call)
             }
             (Doing::BounceRead { skip, piece }, Step::Read { bounce, .. }) => {
                 let got = count.saturating_sub(skip).min(piece);
@@ -294,35 +328,70 @@ impl Job {
                         bytes = bytes.get(count..).unwrap_or_default();
                     }
                 }
-                (None, self.advance(got))
+                self.advance(got, call)
             }
             (
-                Doing::Before { skip, piece },
+                Doing::Before { skip, piece, got },
                 Step::Read {
                     offset,
-                    buffers,
-                    bounce: Some(mut bounce),
-                },
-            ) => {
-                // Short at the end of the file: the rest of the block does not exist yet, and the
-                // bounce memory is zero there.
-                self.fill(&mut bounce, skip, piece);
-                self.doing = Doing::BounceWrite { skip, piece };
-                let step = Step::Write {
-                    offset,
-                    buffers,
                     bounce: Some(bounce),
-                };
-                (Some(step), Next::Step)
+                    ..
+                },
+            ) => self.after_before(file, bounce, (skip, piece, got), offset + count),
+            (Doing::BounceWrite { skip, piece }, Step::Write { offset, .. }) => {
+                match file.cut_back(offset + count) {
+                    Ok(()) => self.advance(count.saturating_sub(skip).min(piece), call),
+                    Err(failure) => Next::Failed(failure),
+                }
             }
-            (Doing::BounceWrite { skip, piece }, _) => {
-                (None, self.advance(count.saturating_sub(skip).min(piece)))
-            }
-            _ => (None, Next::Failed(libc::EIO)),
+            _ => Next::Failed(Failure::new(call, libc::EIO)),
         }
     }
 
-    fn after_failure(&mut self, step: Step, errno: i32, file: &RawFile) -> Next {
+    /// Blocks that are to be changed were read, as far as the byte `end` of the file: reads the
+    /// rest of them, or changes them.
+    fn after_before(
+        &mut self,
+        file: &RawFile,
+        mut bounce: Aligned,
+        (skip, piece, got): (u64, u64, u64),
+        end: u64,
+    ) -> Next {
+        let align = file.alignment.offset;
+        let start = self.offset - skip;
+        let len = (skip + piece).next_multiple_of(align);
+        let whole = bounce.buffer(usize::try_from(len).unwrap_or(0));
+        // Only at the end of the file is a short read all there is: the rest of the block does
+        // not exist yet, and the bounce memory is zero there.
+        if end < (start + len).min(file.length) {
+            let now = end.saturating_sub(start);
+            if now <= got {
+                // The file is shorter than it was when it was opened.
+                return Next::Failed(Failure::new(Call::Read, libc::EIO));
+            }
+            self.doing = Doing::Before {
+                skip,
+                piece,
+                got: now,
+            };
+            let from = now - now % align;
+            return Next::AtOnce(Step::Read {
+                offset: start + from,
+                buffers: vec![whole.part(usize::try_from(from).unwrap_or(0), usize::MAX)],
+                bounce: Some(bounce),
+            });
+        }
+        self.fill(&mut bounce, skip, piece);
+        self.doing = Doing::BounceWrite { skip, piece };
+        Next::AtOnce(Step::Write {
+            offset: start,
+            buffers: vec![whole],
+            bounce: Some(bounce),
+        })
+    }
+
+    fn after_failure(&mut self, step: Step, failure: Failure, file: &RawFile) -> Next {
+        let errno = failure.errno;
         if self.doing == Doing::Straight {
             if let Step::Read { buffers, .. } | Step::Write { buffers, .. } = step
                 && !matches!(self.op, Operation::WriteZeroes { .. })
@@ -346,15 +415,15 @@ impl Job {
             self.retries += 1;
             return Next::Step;
         }
-        Next::Failed(errno)
+        Next::Failed(failure)
     }
 
     /// `count` more bytes of the request are done.
-    fn advance(&mut self, count: u64) -> Next {
+    fn advance(&mut self, count: u64, call: Call) -> Next {
         if count == 0 {
             // The image is shorter than it was when it was opened, or the device writes nothing
             // without saying why.
-            return Next::Failed(libc::EIO);
+            return Next::Failed(Failure::new(call, libc::EIO));
         }
         self.offset += count.min(self.left);
         self.left -= count.min(self.left);

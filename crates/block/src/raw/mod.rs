@@ -14,6 +14,8 @@ mod probe;
 mod queue;
 
 #[cfg(test)]
+mod step_tests;
+#[cfg(test)]
 mod tests;
 
 use std::ops::Range;
@@ -26,8 +28,9 @@ use strake_observe::{OsContext, Result};
 
 pub(crate) use aligned::Aligned;
 use aligned::PAGE;
-pub(crate) use failures::failed;
+pub(crate) use failures::{Failure, failed};
 
+use self::failures::Call;
 use self::locks::RangeLocks;
 use self::probe::{Alignment, Backing};
 use self::queue::RawQueue;
@@ -51,6 +54,8 @@ struct RawFile {
     fd: Arc<OwnedFd>,
     path: String,
     size: u64,
+    /// Of the file when it was opened: `size`, and what is left of a last sector.
+    length: u64,
     access: Access,
     backing: Backing,
     alignment: Alignment,
@@ -64,14 +69,14 @@ impl RawImage {
     /// The image behind an open descriptor; `path` is for observations only. O_DIRECT is used if
     /// the descriptor has it, else the page cache.
     ///
-    /// A file whose length is not a multiple of the device's block may grow to one when its last
-    /// sectors are written.
+    /// A file whose length is not a multiple of the device's block grows to one for the moment in
+    /// which its last sectors are written, and is cut back before the write has ended.
     ///
     /// # Errors
     /// When it is neither a regular file nor a block device, or too small.
     pub fn from_fd(fd: OwnedFd, path: impl Into<String>, access: Access) -> Result<Self> {
         let path = path.into();
-        let (backing, size) = probe::identify(&fd, &path)?;
+        let (backing, size, length) = probe::identify(&fd, &path)?;
         let alignment = probe::alignment(&fd, backing, &path)?;
         if alignment.memory > PAGE as u64 || alignment.offset > job::BOUNCE_BYTES / 2 {
             let what = format!(
@@ -85,6 +90,7 @@ impl RawImage {
                 fd: Arc::new(fd),
                 path,
                 size,
+                length,
                 access,
                 backing,
                 alignment,
@@ -126,6 +132,10 @@ impl RawFile {
         if !self.contains(offset, len) {
             return Err(self.bad_request(Operation::Read, offset, len).into());
         }
+        let read_failed = |errno| {
+            let failure = Failure::new(Call::ReadAtOnce, errno);
+            failed(Operation::Read, &self.path, offset, len, failure)
+        };
         let align = self.alignment.offset;
         let mut memory = Aligned::new(usize::try_from(SYNC_PIECE).unwrap_or(0));
         let mut done = 0usize;
@@ -143,17 +153,17 @@ impl RawFile {
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => {
                     let errno = error.raw_os_error();
-                    return Err(failed(Operation::Read, &self.path, offset, len, errno));
+                    return Err(read_failed(errno));
                 }
             };
             let (Some(from), Some(to)) = (memory.bytes().get(skip..got), data.get_mut(done..))
             else {
                 // The file ended before the image's size: somebody truncated it.
-                return Err(failed(Operation::Read, &self.path, offset, len, libc::EIO));
+                return Err(read_failed(libc::EIO));
             };
             let count = from.len().min(to.len());
             if count == 0 {
-                return Err(failed(Operation::Read, &self.path, offset, len, libc::EIO));
+                return Err(read_failed(libc::EIO));
             }
             for (to, from) in to.iter_mut().zip(from) {
                 *to = *from;
@@ -161,6 +171,22 @@ impl RawFile {
             done += count;
         }
         Ok(())
+    }
+
+    /// A write of whole blocks has reached the byte `end`: takes back what it made the file longer,
+    /// which whoever opens it next would take for a part of the disk.
+    fn cut_back(&self, end: u64) -> std::result::Result<(), Failure> {
+        if end <= self.length || self.backing == Backing::BlockDevice {
+            return Ok(());
+        }
+        let failed = |error: rustix::io::Errno| Failure::new(Call::Truncate, error.raw_os_error());
+        let now = rustix::fs::fstat(&self.fd).map_err(failed)?.st_size;
+        // Not by us if it is longer still: leave it.
+        if u64::try_from(now) != Ok(end) {
+            return Ok(());
+        }
+        // The range is held alone (see `locks`), so no other write of ours is about these bytes.
+        rustix::fs::ftruncate(&self.fd, self.length).map_err(failed)
     }
 
     fn allocated(&self, from: u64) -> Result<Option<Range<u64>>> {
@@ -218,7 +244,7 @@ impl Image for RawImage {
                 &self.file.path,
                 0,
                 0,
-                error.raw_os_error(),
+                Failure::usual(Operation::Flush, error.raw_os_error()),
             )
         })
     }

@@ -32,8 +32,8 @@ impl Alignment {
     };
 }
 
-/// The file's kind and its size, rounded down to sectors.
-pub(crate) fn identify(fd: &OwnedFd, path: &str) -> Result<(Backing, u64)> {
+/// The file's kind, its size in whole sectors, and its length in bytes.
+pub(crate) fn identify(fd: &OwnedFd, path: &str) -> Result<(Backing, u64, u64)> {
     let not_an_image = |what: &str| NotAnImage {
         path: path.to_owned(),
         what: what.to_owned(),
@@ -50,17 +50,17 @@ pub(crate) fn identify(fd: &OwnedFd, path: &str) -> Result<(Backing, u64)> {
         FileType::Socket => return Err(not_an_image("a socket").into()),
         _ => return Err(not_an_image("neither a file nor a block device").into()),
     };
-    let size = match backing {
+    let length = match backing {
         Backing::RegularFile => u64::try_from(stat.st_size).unwrap_or(0),
         Backing::BlockDevice => {
             rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0)).os("lseek", path)?
         }
     };
-    let size = size - size % SECTOR_BYTES;
+    let size = length - length % SECTOR_BYTES;
     if size == 0 {
         return Err(not_an_image("smaller than one sector").into());
     }
-    Ok((backing, size))
+    Ok((backing, size, length))
 }
 
 /// The alignment that the descriptor's accesses need.

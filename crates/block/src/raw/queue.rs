@@ -9,13 +9,18 @@ use std::sync::Arc;
 use strake_observe::{Observation, Result};
 
 use super::aligned::Aligned;
-use super::job::{Job, Next};
+use super::failures::{Call, Failure};
+use super::job::{BOUNCE_BYTES, Job, Next, Planned};
 use super::locks::Hold;
 use super::{RawFile, failed};
 use crate::uring::{Ended, Ring};
 use crate::{
     Access, Completion, Event, ImageQueue, Operation, ReadOnlyDisk, Request, SECTOR_BYTES,
 };
+
+/// The bounce memory of one queue at most, whatever a guest misaligns: jobs over it wait until
+/// others have ended. It covers the latency of any device at the speed of copying memory.
+pub(super) const BOUNCE_BUDGET: u64 = 16 * BOUNCE_BYTES;
 
 #[derive(Debug)]
 pub(super) struct RawQueue {
@@ -28,6 +33,10 @@ pub(super) struct RawQueue {
     ready: VecDeque<usize>,
     /// Jobs that wait for a range.
     blocked: VecDeque<usize>,
+    /// Jobs that wait for bounce memory.
+    starved: VecDeque<usize>,
+    /// Bounce memory of the steps in flight.
+    bounced: u64,
     ended: VecDeque<Completion>,
     zeroes: Arc<Aligned>,
 }
@@ -42,6 +51,8 @@ impl RawQueue {
             free: Vec::new(),
             ready: VecDeque::new(),
             blocked: VecDeque::new(),
+            starved: VecDeque::new(),
+            bounced: 0,
             ended: VecDeque::new(),
             zeroes: RawFile::zeroes(),
         })
@@ -88,35 +99,40 @@ impl RawQueue {
                 return;
             }
         }
-        match job.plan(&self.file, &self.zeroes) {
-            Ok(Some(step)) => {
+        let room = BOUNCE_BUDGET.saturating_sub(self.bounced);
+        match job.plan(&self.file, &self.zeroes, room) {
+            Ok(Planned::Step(step)) => {
+                self.bounced += job.bounced;
                 if self.ring.start(index, step).is_err() {
                     // No room after all; the caller checks, so this is the ring's own trouble.
-                    self.finish_at_once(index, Err(libc::EIO));
+                    self.finish_at_once(index, Err(Failure::new(Call::Submit, libc::EIO)));
                 }
             }
-            Ok(None) => self.finish_at_once(index, Ok(())),
-            Err(errno) => self.finish_at_once(index, Err(errno)),
+            Ok(Planned::Nothing) => self.finish_at_once(index, Ok(())),
+            // Whatever holds the memory is in flight and wakes the owner when it ends.
+            Ok(Planned::NoRoom) => self.starved.push_back(index),
+            Err(failure) => self.finish_at_once(index, Err(failure)),
         }
     }
 
-    fn finish(&mut self, index: usize, result: std::result::Result<(), i32>) {
+    fn finish(&mut self, index: usize, result: std::result::Result<(), Failure>) {
         let Some(job) = self.jobs.get_mut(index).and_then(Option::take) else {
             return;
         };
         self.free.push(index);
+        self.bounced = self.bounced.saturating_sub(job.bounced);
         if let Some(range) = job.range {
             self.file.locks.release(range);
         }
         let (offset, len) = job.asked;
         self.ended.push_back(Completion {
             tag: job.tag,
-            result: result.map_err(|errno| failed(job.op, &self.file.path, offset, len, errno)),
+            result: result.map_err(|failure| failed(job.op, &self.file.path, offset, len, failure)),
         });
     }
 
     /// Ends a job for which the kernel has nothing to do, so nothing else wakes the owner.
-    fn finish_at_once(&mut self, index: usize, result: std::result::Result<(), i32>) {
+    fn finish_at_once(&mut self, index: usize, result: std::result::Result<(), Failure>) {
         self.finish(index, result);
         self.event.signal();
     }
@@ -131,14 +147,19 @@ impl RawQueue {
             return;
         };
         match job.after(step, result, &self.file) {
-            (_, Next::Done) => self.finish(token, Ok(())),
-            (_, Next::Failed(errno)) => self.finish(token, Err(errno)),
-            (None, Next::Step) => self.ready.push_back(token),
-            (Some(step), Next::Step) => {
-                // The second half of a read-change-write. It takes the place in the ring that its
-                // first half has just left.
+            Next::Done => self.finish(token, Ok(())),
+            Next::Failed(failure) => self.finish(token, Err(failure)),
+            Next::Step => {
+                self.bounced = self
+                    .bounced
+                    .saturating_sub(std::mem::take(&mut job.bounced));
+                self.ready.push_back(token);
+            }
+            Next::AtOnce(step) => {
+                // The next part of a read-change-write. It takes the place in the ring that the
+                // part before has just left.
                 if self.ring.start(token, step).is_err() {
-                    self.finish(token, Err(libc::EIO));
+                    self.finish(token, Err(Failure::new(Call::Submit, libc::EIO)));
                 }
             }
         }
@@ -168,7 +189,9 @@ impl ImageQueue for RawQueue {
     fn push(&mut self) -> Result<()> {
         self.ready.extend(self.blocked.drain(..));
         while self.ring.has_room() {
-            let Some(index) = self.ready.pop_front() else {
+            let fed = BOUNCE_BUDGET.saturating_sub(self.bounced) >= BOUNCE_BYTES;
+            let starved = if fed { self.starved.pop_front() } else { None };
+            let Some(index) = starved.or_else(|| self.ready.pop_front()) else {
                 break;
             };
             self.step(index);
@@ -191,6 +214,12 @@ impl ImageQueue for RawQueue {
 }
 
 impl RawQueue {
+    /// Bounce memory in use.
+    #[cfg(test)]
+    pub(super) fn bounced(&self) -> u64 {
+        self.bounced
+    }
+
     fn refuse(&mut self, tag: u64, seen: Observation) {
         self.ended.push_back(Completion {
             tag,
