@@ -57,7 +57,8 @@ impl Guest {
         };
         let mut stream = connect(SocketAddr::from((self.address, SHELL_PORT)), limit)?;
         stream.set_read_timeout(Some(left()))?;
-        write!(stream, "{{ {command}\n}} 2>&1; echo; echo {END} $?; exit\n")?;
+        let line = format!("{{ {command}\n}} 2>&1; status=$?; echo; echo {END} $status; exit\n");
+        stream.write_all(line.as_bytes())?;
         stream.shutdown(Shutdown::Write)?;
         let mut said = Vec::new();
         let mut buffer = [0; 4096];

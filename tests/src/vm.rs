@@ -142,7 +142,9 @@ impl Vm {
         }
     }
 
-    fn tap(&self) -> String {
+    /// Its tap device.
+    #[must_use]
+    pub fn tap(&self) -> String {
         format!("strk-t{}", self.number)
     }
 
@@ -204,7 +206,9 @@ impl Vm {
         .map_err(|failure| self.with_logs(host, &failure))
     }
 
-    fn with_logs(&self, host: &Host, failure: &Failure) -> Failure {
+    /// A failure with the guest's console and the logs of its monitor and daemon.
+    #[must_use]
+    pub fn with_logs(&self, host: &Host, failure: &Failure) -> Failure {
         let console = host.console(&self.name);
         let from = console.len().saturating_sub(2000);
         let tail: String = console.chars().skip(from).collect();
@@ -276,13 +280,25 @@ impl Vm {
         )
     }
 
-    /// Migrates its disk and returns the job.
+    /// Migrates its disk and returns the job. The source stays as it was.
     ///
     /// # Errors
     /// If the migration fails.
     pub fn migrate(&self, host: &Host, to: &str) -> Outcome<Value> {
+        self.migrate_with(host, to, &[])
+    }
+
+    /// Migrates its disk, removes the source, and returns the job.
+    ///
+    /// # Errors
+    /// If the migration fails.
+    pub fn migrate_away(&self, host: &Host, to: &str) -> Outcome<Value> {
+        self.migrate_with(host, to, &["--remove-source"])
+    }
+
+    fn migrate_with(&self, host: &Host, to: &str, more: &[&str]) -> Outcome<Value> {
         let ran = self
-            .migrate_in_background(host, to, &[])?
+            .migrate_in_background(host, to, more)?
             .wait(Duration::from_secs(180))?;
         let out = ran
             .good()

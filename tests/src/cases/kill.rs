@@ -59,7 +59,7 @@ fn other_store(host: &Host, vm: &Vm) -> Outcome<&'static str> {
 
 fn jobs(host: &Host) -> Outcome<Vec<Value>> {
     Ok(host
-        .json(&["jobs"])?
+        .json(&["jobs", "ls"])?
         .as_array()
         .cloned()
         .unwrap_or_default())

@@ -46,7 +46,7 @@ fn under_load(name: &str) -> Outcome {
     let stamps = Stamps::start(vm.guest(), "")?;
     for to in ["b", "a", "b"] {
         let before = vm.image(&host)?;
-        let job = vm.migrate(&host, to)?;
+        let job = vm.migrate_away(&host, to)?;
         let pause = job.pointer("/status/pause_ms").and_then(Value::as_f64);
         check!(pause.is_some(), "the job does not say its pause: {job}");
         let image = vm.image(&host)?;
@@ -97,7 +97,7 @@ fn suspended(name: &str) -> Outcome {
 
 /// The job of the only migration under way.
 fn running_job(host: &Host) -> Outcome<String> {
-    let jobs = host.json(&["jobs"])?;
+    let jobs = host.json(&["jobs", "ls"])?;
     jobs.as_array()
         .into_iter()
         .flatten()

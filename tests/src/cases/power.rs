@@ -7,7 +7,7 @@ use serde_json::Value;
 use crate::check;
 use crate::failure::Outcome;
 use crate::host::Host;
-use crate::process::wait_until;
+use crate::process::{sh, wait_until};
 use crate::runner::Test;
 use crate::vm::{BOOT, Shape, Vm};
 
@@ -58,13 +58,19 @@ fn power_button(name: &str) -> Outcome {
 /// A reset starts the guest anew with its disk as it was, and a power-off by the guest ends it.
 fn guest_resets(name: &str) -> Outcome {
     let mut host = Host::start(name)?;
-    let vm = Vm::boot(
-        &mut host,
+    let vm = Vm::new(
+        "vm",
+        1,
         Shape {
             cpus: 2,
             ..Shape::default()
         },
-    )?;
+    );
+    // A tap of the operator's own, which outlives each monitor.
+    let _tap = OwnTap::make(&vm.tap())?;
+    vm.create(&host)?;
+    vm.start(&mut host)?;
+    vm.wait_for_guest(&host)?;
     let guest = vm.guest();
     guest.sh("echo before >/dev/vda; sync; touch /tmp/mark", QUICK)?;
     // The answer may or may not come back before the machine is gone.
@@ -80,7 +86,8 @@ fn guest_resets(name: &str) -> Outcome {
     let _ = guest.ask("(sleep 1; poweroff -f) >/dev/null 2>&1 &", QUICK);
     wait_until("the VM is stopped", QUICK, || {
         Ok(vm.state(&host)? == "stopped")
-    })?;
+    })
+    .map_err(|failure| vm.with_logs(&host, &failure))?;
     let exit = vm
         .show(&host)?
         .get("last_exit")
@@ -91,4 +98,21 @@ fn guest_resets(name: &str) -> Outcome {
         "the last exit is {exit}"
     );
     Ok(())
+}
+
+/// A persistent tap device. Gone when dropped.
+#[derive(Debug)]
+struct OwnTap(String);
+
+impl OwnTap {
+    fn make(name: &str) -> Outcome<Self> {
+        sh(&["busybox", "tunctl", "-t", name])?;
+        Ok(Self(name.to_owned()))
+    }
+}
+
+impl Drop for OwnTap {
+    fn drop(&mut self) {
+        let _ = sh(&["busybox", "tunctl", "-d", &self.0]);
+    }
 }

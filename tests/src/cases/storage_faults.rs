@@ -113,12 +113,12 @@ fn fills_up(name: &str) -> Outcome {
     let vm = Vm::boot(
         &mut host,
         Shape {
-            disk: "48M",
+            disk: "32M",
             ..Shape::default()
         },
     )?;
     vm.guest().sh(
-        "dd if=/dev/urandom of=/dev/vda bs=1M count=40 conv=fsync",
+        "dd if=/dev/urandom of=/dev/vda bs=1M count=28 conv=fsync",
         QUICK,
     )?;
     let stamps = Stamps::start(vm.guest(), "--rate 50 --no-discard")?;
@@ -275,6 +275,8 @@ impl Mapped {
         // There is no udev in the lab, and none is waited for elsewhere.
         let words = [&["dmsetup", verb, "--noudevsync", "--noudevrules"], rest].concat();
         sh(&words).doing(format!("dmsetup {verb}"))?;
+        // Where no udev does, the node under /dev/mapper is made this way.
+        sh(&["dmsetup", "mknodes"])?;
         Ok(())
     }
 }

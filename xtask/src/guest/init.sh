@@ -29,7 +29,7 @@ for word in $(cat /proc/cmdline); do
 done
 # The power button asks for an orderly end.
 mkdir -p /etc/acpi/PWRF
-printf '#!/bin/sh\necho "guest: power button"\nsync\npoweroff -f\n' >/etc/acpi/PWRF/00000080
+printf '#!/bin/sh\necho "guest: power button" >/dev/console\nsync\npoweroff -f\n' >/etc/acpi/PWRF/00000080
 chmod 755 /etc/acpi/PWRF/00000080
 acpid -l /tmp/acpid.log
 nc -ll -p 1000 -e /bin/sh >/dev/null 2>&1 &
