@@ -110,7 +110,7 @@ pub struct MigrationStatus {
     pub size_bytes: u64,
     /// Every pass so far, the running one last. The copy inside the pause is the last pass.
     pub passes: Vec<PassReport>,
-    /// Bytes per second over the last second of copying.
+    /// Bytes per second over the last second, whatever slowed the job down (its rate limit too).
     pub throughput: u64,
     /// What the pause would be if it began now, in milliseconds, once it can be told.
     pub expected_pause_ms: Option<f64>,

@@ -174,6 +174,18 @@ strake_observe::catalog! {
     text "{attempts} attempts to switch over did not end within the allowed pause of {pause_ms} ms; the last was given up after {took_ms} ms";
     remedy "allow a longer pause, or migrate when source and destination are less busy";
 
+    /// A pause was ended although a device had not answered.
+    SwitchStalled("block.switch-stalled") {
+        /// The job.
+        job: String,
+        /// The disk's name.
+        disk: String,
+        /// How long the guest had waited, in milliseconds.
+        after_ms: u64,
+    }
+    text "job {job}: a device did not answer while disk '{disk}' was being switched over; its guest goes on since {after_ms} ms on the source, the job waits for the device";
+    remedy "look at the health of source and destination; cancel the job if it does not go on";
+
     /// The daemon did not commit.
     CommitRefused("block.commit-refused") {
         /// The job.

@@ -236,16 +236,15 @@ impl LiveDisk {
         *self.tracker.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Closes the gate and waits for the requests inside. False, and open again, if they did not
-    /// end within `limit`.
-    #[must_use]
-    pub(crate) fn suspend(&self, limit: Duration) -> bool {
+    /// Closes the gate: no request enters until [`resume`](Self::resume).
+    pub(crate) fn close(&self) {
         self.gate.close();
-        if self.gate.drained(limit) {
-            return true;
-        }
-        self.resume();
-        false
+    }
+
+    /// Waits until no request is inside the gate; false if `limit` passed before.
+    #[must_use]
+    pub(crate) fn drained(&self, limit: Duration) -> bool {
+        self.gate.drained(limit)
     }
 
     /// Opens the gate and wakes the queues.

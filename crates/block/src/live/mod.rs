@@ -8,6 +8,9 @@ mod disk;
 mod gate;
 mod queue;
 
+#[cfg(test)]
+mod tests;
+
 pub use disk::{LiveDisk, Observer};
 pub(crate) use gate::Gate;
 pub use queue::DiskQueue;

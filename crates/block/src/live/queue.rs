@@ -9,7 +9,7 @@ use strake_observe::{Observation, Result};
 
 use super::LiveDisk;
 use super::disk::{QueueShared, lock};
-use crate::{BadRequest, ImageQueue, Operation, ReadOnlyDisk, Request, SECTOR_BYTES};
+use crate::{BadRequest, Completion, ImageQueue, Operation, ReadOnlyDisk, Request, SECTOR_BYTES};
 
 /// One worker's way into a [`LiveDisk`]. Owned by one thread.
 ///
@@ -256,9 +256,33 @@ impl Drop for DiskQueue {
                     .wait(std::time::Duration::from_millis(100));
             }
         }
-        for _ in self.free.len()..self.inside.len() {
+        // What a broken engine did not give back may still reach the image until its queue is
+        // gone. The order is that of `reap`: first it has ended, then it is marked, then it leaves.
+        self.image = Box::new(Gone);
+        for was in self.inside.drain(..).flatten() {
+            if was.op.changes() {
+                self.disk.changed(was.offset, was.len);
+            }
             self.disk.gate.leave();
         }
+    }
+}
+
+/// Stands where a queue was.
+#[derive(Debug)]
+struct Gone;
+
+impl ImageQueue for Gone {
+    fn submit(&mut self, _request: Request) {}
+
+    fn push(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reap(&mut self, _done: &mut dyn FnMut(Completion)) {}
+
+    fn in_flight(&self) -> usize {
+        0
     }
 }
 

@@ -71,8 +71,18 @@ pub(crate) struct Run<'a> {
     /// No chunk is started after this.
     pub(crate) deadline: Option<Instant>,
     pub(crate) cancelled: &'a dyn Fn() -> bool,
-    /// Called after each chunk with the bytes read and written so far and the throughput.
-    pub(crate) progress: &'a mut dyn FnMut(Tally, u64),
+    /// Called again and again, several times a second at least.
+    pub(crate) progress: &'a mut dyn FnMut(Progress),
+}
+
+/// How far one copy is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Progress {
+    pub(crate) tally: Tally,
+    /// Bytes that arrived since the last time.
+    pub(crate) arrived: u64,
+    /// Bytes per second that the devices copy when they are let.
+    pub(crate) speed: u64,
 }
 
 /// What one copy did.
@@ -186,8 +196,12 @@ impl Copier {
             let now = Instant::now();
             if ended > 0 {
                 run.pace.copied(now - last, ended);
-                (run.progress)(tally, run.pace.throughput());
             }
+            (run.progress)(Progress {
+                tally,
+                arrived: ended,
+                speed: run.pace.throughput(),
+            });
             // Time in which the rate limit let nothing happen is not copying time.
             if ended > 0 || (held_back.is_some() && outstanding == 0) {
                 last = now;

@@ -16,7 +16,7 @@
 //! ```
 //!
 //! Cancellation and failures leave from every point before AwaitingCommit; [`Pause`] opens the gate
-//! and resumes the VM however its scope is left.
+//! and resumes the VM however its scope is left, and its guard does if it is not left in time.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,12 +24,13 @@ use std::time::{Duration, Instant};
 use strake_api::job::{MigrationLimits, PassReport, Phase};
 use strake_observe::{Observation, Result, Task};
 
-use super::copier::{Copier, Room, Run, Stop, Tally};
+use super::SwitchHooks;
+use super::control::{Ask, Control};
+use super::copier::{Copier, Progress, Room, Run, Stop, Tally};
 use super::journal::{Durable, Journal};
-use super::pace::{Pace, rate};
-use super::pause::Pause;
+use super::pace::{Meter, Pace, rate};
+use super::pause::{Guard, Opener, Pause};
 use super::plan::{DirtyPass, FirstPass, Fresh, Plan, allocated_bytes};
-use super::{Control, SwitchHooks};
 use crate::{
     CommitRefused, DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed,
     NotConverging, PauseTooLong,
@@ -48,8 +49,8 @@ const STALLED_PASSES: u32 = 5;
 /// How often the switch is tried when the devices turn out too slow for the allowed pause.
 const SWITCH_ATTEMPTS: u32 = 5;
 
-/// The least time that requests inside the gate get to end, however short the allowed pause.
-const LEAST_DRAIN: Duration = Duration::from_millis(50);
+/// How often the expected pause is told during a pass: it takes a look at the whole bitmap.
+const TELL_PAUSE: Duration = Duration::from_millis(100);
 
 pub(crate) struct Job {
     disk: Arc<LiveDisk>,
@@ -64,6 +65,9 @@ pub(crate) struct Job {
     recent: DirtyBitmap,
     copier: Copier,
     pace: Pace,
+    meter: Meter,
+    opener: Opener,
+    guard: Guard,
     /// How long the last flush of the destination took.
     flush: Duration,
 }
@@ -116,12 +120,16 @@ impl Job {
             Arc::clone(&control.event),
         )?;
         let size = disk.size();
+        let opener = Opener::new(&disk, &hooks, &control, limits.suspend);
         Ok(Self {
             disk,
             source,
             destination,
             journal,
             pace: Pace::new(limits.bytes_per_second),
+            meter: Meter::new(Instant::now()),
+            guard: Guard::start(opener.clone())?,
+            opener,
             limits,
             hooks,
             control,
@@ -168,10 +176,12 @@ impl Job {
             hooks,
             control,
             copier,
+            opener,
+            guard,
             ..
         } = self;
         // Everything that holds an image is gone when the job counts as ended.
-        drop((copier, source, destination));
+        drop((copier, source, destination, guard, opener));
         disk.release();
         drop(disk);
         control.update(|status| {
@@ -305,21 +315,27 @@ impl Job {
                 ..PassReport::default()
             });
         });
-        let report = |tally: Option<Tally>, throughput: Option<u64>, dirty: Option<u64>| {
+        let elapsed_ms = || u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let (bitmap, flush) = (Arc::clone(&self.bitmap), self.flush);
+        let meter = &mut self.meter;
+        let mut told = None;
+        let mut progress = |progress: Progress| {
+            let now = Instant::now();
+            meter.copied(now, progress.arrived);
+            let throughput = meter.rate(now);
+            let due = told.is_none_or(|told| now.duration_since(told) >= TELL_PAUSE);
+            let expected = (due && room == Room::BesideGuest && progress.speed > 0).then(|| {
+                told = Some(now);
+                pause_for(bitmap.marked_bytes(), progress.speed, flush)
+            });
             control.update(|status| {
-                if let Some(throughput) = throughput {
-                    status.throughput = throughput;
+                status.throughput = throughput;
+                if let Some(expected) = expected {
+                    status.expected_pause_ms = Some(expected.as_secs_f64() * 1000.0);
                 }
                 if let Some(pass) = status.passes.last_mut() {
-                    if let Some(tally) = tally {
-                        pass.read_bytes = tally.read;
-                        pass.written_bytes = tally.written;
-                    }
-                    pass.elapsed_ms =
-                        u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                    if let Some(dirty) = dirty {
-                        pass.dirty_after_bytes = dirty;
-                    }
+                    tell(pass, progress.tally);
+                    pass.elapsed_ms = elapsed_ms();
                 }
             });
         };
@@ -336,58 +352,60 @@ impl Job {
             pace,
             deadline,
             cancelled: &|| control.is_cancelled(),
-            progress: &mut |tally, throughput| report(Some(tally), Some(throughput), None),
+            progress: &mut progress,
         });
         let dirty = self.bitmap.marked_bytes();
-        report(result.as_ref().ok().copied(), None, Some(dirty));
         let expected = self.expected_pause(dirty);
         control.update(|status| {
             status.expected_pause_ms = Some(expected.as_secs_f64() * 1000.0);
+            if let Some(pass) = status.passes.last_mut() {
+                if let Ok(tally) = &result {
+                    tell(pass, *tally);
+                }
+                pass.elapsed_ms = elapsed_ms();
+                pass.dirty_after_bytes = dirty;
+            }
         });
         result.map(|_| ())
     }
 
     /// Closes the gate, copies what is left, asks the daemon and does what it decides.
+    ///
+    /// The guard may open the gate at any time before the daemon is asked. What is done here is
+    /// right all the same, only in vain: it is noticed at the next look, by the question at last.
     fn switch(&mut self) -> Result<Switch, End> {
         self.still_there()?;
-        let allowed = self.allowed();
-        let pause = Pause::new(&self.disk, &self.hooks, &self.control, self.limits.suspend)?;
-        let deadline = pause.began + allowed;
-        let too_late = |pause: &Pause| {
-            Ok(Switch::TooLate(TooLate {
-                took: pause.began.elapsed(),
-            }))
-        };
-        if !pause.close_gate(allowed.max(LEAST_DRAIN)) {
-            return too_late(&pause);
+        let pause = Pause::begin(&self.opener, self.allowed())?;
+        if !pause.drained() {
+            return Ok(self.too_late(&pause));
         }
-        self.control
-            .update(|status| status.phase = Phase::Suspended);
         let bitmap = Arc::clone(&self.bitmap);
         let planned = bitmap.marked_bytes();
         let mut plan = DirtyPass::new(&bitmap, self.disk.size(), None, None);
-        match self.pass(&mut plan, planned, Fresh::No, Room::Alone, Some(deadline)) {
+        let deadline = Some(pause.deadline());
+        match self.pass(&mut plan, planned, Fresh::No, Room::Alone, deadline) {
             Ok(()) => {}
-            Err(Stop::Late) => {
-                self.control.update(|status| status.phase = Phase::Copying);
-                return too_late(&pause);
-            }
+            Err(Stop::Late) => return Ok(self.too_late(&pause)),
             Err(stop) => return Err(stop.into()),
         }
         // With the gate closed and drained every change is marked, and every mark was copied.
-        if bitmap.marked() != 0 {
-            debug_assert!(false, "a block was marked while the gate was closed");
-            return too_late(&pause);
+        let left = bitmap.marked();
+        if !pause.lasts() || left != 0 {
+            debug_assert!(!pause.lasts(), "marked while the gate was closed");
+            return Ok(self.too_late(&pause));
         }
         self.copier.flush()?;
         self.still_there()?;
-        if !self.control.ask() {
-            return Err(End::Cancelled);
+        // Before the question, after which nothing may fail. Need not be durable: the record
+        // before it already says that the inventory knows.
+        self.journal.reach(Phase::AwaitingCommit, Durable::Later)?;
+        match self.control.ask() {
+            Ask::Asked => {}
+            Ask::Cancelled => return Err(End::Cancelled),
+            Ask::TooLate => return Ok(self.too_late(&pause)),
         }
         self.control
             .update(|status| status.phase = Phase::AwaitingCommit);
-        // Need not be durable: the record before it already says that the inventory knows.
-        self.journal.reach(Phase::AwaitingCommit, Durable::Later)?;
         self.hooks.await_commit(&self.control.job);
         if self.control.decision() {
             self.disk.replace(Arc::clone(&self.destination));
@@ -401,6 +419,14 @@ impl Job {
             })
             .into())
         }
+    }
+
+    fn too_late(&self, pause: &Pause) -> Switch {
+        pause.end();
+        let took = self.control.status().pause_ms.unwrap_or(0.0) / 1000.0;
+        Switch::TooLate(TooLate {
+            took: Duration::try_from_secs_f64(took).unwrap_or(Duration::MAX),
+        })
     }
 
     fn flush_destination(&mut self) -> Result<()> {
@@ -435,13 +461,7 @@ impl Job {
     /// How long the gate would be closed if `bytes` were left: their copy at the measured speed,
     /// and a flush like the last one.
     fn expected_pause(&self, bytes: u64) -> Duration {
-        let throughput = self.pace.throughput();
-        if bytes == 0 || throughput == 0 {
-            // Nothing was copied yet, so nothing is known: an empty disk.
-            return self.flush;
-        }
-        let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(throughput);
-        self.flush + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+        pause_for(bytes, self.pace.throughput(), self.flush)
     }
 
     fn passes(&self) -> u32 {
@@ -476,4 +496,20 @@ impl Job {
         }
         .into()
     }
+}
+
+fn tell(pass: &mut PassReport, tally: Tally) {
+    pass.read_bytes = tally.read;
+    pass.written_bytes = tally.written;
+}
+
+fn pause_for(bytes: u64, throughput: u64, flush: Duration) -> Duration {
+    if bytes == 0 || throughput == 0 {
+        // Nothing was copied yet, so nothing is known: an empty disk.
+        return flush;
+    }
+    let nanos = u128::from(bytes) * 1_000_000_000 / u128::from(throughput);
+    flush.saturating_add(Duration::from_nanos(
+        u64::try_from(nanos).unwrap_or(u64::MAX),
+    ))
 }

@@ -6,7 +6,8 @@
 //!
 //! ```text
 //!   Preparing, Copying     the source. Every request goes to it. The destination is scratch.
-//!   Suspended              the source. The gate is closed: it does not change any more.
+//!   Suspended              the source. The gate is closed: it does not change any more. If that
+//!                          lasts too long the gate opens, and this was one more pass.
 //!   AwaitingCommit         whichever the inventory names. Both are the same, both are flushed as
 //!                          far as the guest flushed, neither changes: the gate stays closed until
 //!                          the daemon has said what its transaction decided. Nobody else may
@@ -24,13 +25,14 @@
 //!
 //! # Threads
 //!
-//! One thread per job runs `job.rs` from top to bottom. Others touch it only through [`Control`]:
-//! `cancel` and `decide` set a word under its lock and wake the thread. The lock is a leaf: nothing
-//! is called while it is held.
+//! One thread per job runs `job.rs` from top to bottom; a second one, its guard, ends a pause that
+//! lasts too long (`pause.rs`). Others touch it only through [`Control`]: `cancel` and `decide` set
+//! a word under its lock and wake both.
 //!
 //! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
-//!   which the guest waits; `journal`: the file.
+//!   which the guest waits; `control`: what the threads share; `journal`: the file.
 
+mod control;
 mod copier;
 mod job;
 pub mod journal;
@@ -39,12 +41,12 @@ mod pause;
 mod plan;
 
 use std::fs::File;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::Arc;
 
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
 use strake_observe::{Because, OsContext, Result};
 
+use self::control::Control;
 use self::job::Job;
 use self::journal::{Journal, Record};
 use crate::{
@@ -52,8 +54,8 @@ use crate::{
     MigrationFailed, ReadOnlyDisk,
 };
 
-/// What a migration asks of the machine and of the daemon. Called in the migration's own thread;
-/// none of the calls may wait for the migration itself.
+/// What a migration asks of the machine and of the daemon. Called in the migration's own threads,
+/// one call at a time; none of the calls may wait for the migration itself.
 pub trait SwitchHooks: Send + Sync {
     /// Pauses the vCPUs. Called only with [`Suspend::Vm`](strake_api::job::Suspend::Vm). The disk's
     /// workers keep running: the requests inside are waited for afterwards.
@@ -77,31 +79,6 @@ pub trait SwitchHooks: Send + Sync {
 #[derive(Debug)]
 pub struct Migration {
     control: Arc<Control>,
-}
-
-/// What the job's thread shares with everyone else.
-#[derive(Debug)]
-pub(crate) struct Control {
-    /// Wakes the job's thread wherever it waits for I/O.
-    pub(crate) event: Arc<Event>,
-    job: JobId,
-    state: Mutex<State>,
-    changed: Condvar,
-    status: Mutex<MigrationStatus>,
-    began: Instant,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    cancelled: bool,
-    /// The daemon was asked; from now on only its answer counts.
-    asked: bool,
-    decision: Option<bool>,
-    ended: bool,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Migration {
@@ -157,25 +134,20 @@ impl Migration {
             phase: Phase::Preparing,
         };
         let journal = Journal::begin(journal, record).because_of(failed)?;
-        let control = Arc::new(Control {
-            event: Arc::new(Event::new().because_of(failed)?),
+        let status = MigrationStatus {
             job: job.clone(),
-            state: Mutex::new(State::default()),
-            changed: Condvar::new(),
-            status: Mutex::new(MigrationStatus {
-                job: job.clone(),
-                disk: disk.name().to_owned(),
-                phase: Phase::Preparing,
-                size_bytes: disk.size(),
-                passes: Vec::new(),
-                throughput: 0,
-                expected_pause_ms: None,
-                pause_ms: None,
-                elapsed_ms: 0,
-                failure: None,
-            }),
-            began: Instant::now(),
-        });
+            disk: disk.name().to_owned(),
+            phase: Phase::Preparing,
+            size_bytes: disk.size(),
+            passes: Vec::new(),
+            throughput: 0,
+            expected_pause_ms: None,
+            pause_ms: None,
+            elapsed_ms: 0,
+            failure: None,
+        };
+        let event = Arc::new(Event::new().because_of(failed)?);
+        let control = Arc::new(Control::new(event, status));
         let thread = Job::new(
             Arc::clone(disk),
             Arc::clone(&source),
@@ -206,99 +178,45 @@ impl Migration {
         self.control.status()
     }
 
-    /// Ends the job; the disk stays on its source. It ends as soon as the few chunks on their way
-    /// have; [`join`](Self::join) waits for it. Without effect on a job that has ended.
+    /// Ends the job; the disk stays on its source. Without effect on a job that has ended.
+    ///
+    /// A pause ends at once, whatever the job's thread waits for: the guest goes on. The job itself
+    /// starts nothing more, but ends only when the few requests on their way have, since until then
+    /// a device may still write to the destination: nobody may remove it or give it to another use.
+    /// So while a device hangs, the phase stays what it is, and becomes
+    /// [`Cancelled`](Phase::Cancelled) when it answers; [`join`](Self::join) waits for that.
     ///
     /// # Errors
     /// When the daemon was already asked to commit: its decision counts.
     pub fn cancel(&self) -> Result<()> {
-        {
-            let mut state = lock(&self.control.state);
-            if state.asked && !state.ended {
-                return Err(CancelTooLate {
-                    job: self.control.job.to_string(),
-                }
-                .into());
-            }
-            state.cancelled = true;
+        if self.control.cancel() {
+            return Ok(());
         }
-        self.control.event.signal();
-        Ok(())
+        Err(CancelTooLate {
+            job: self.control.job.to_string(),
+        }
+        .into())
+    }
+
+    /// Whether the daemon was asked to commit and has not answered: the gate stays closed until
+    /// [`decide`](Self::decide). From the first moment at which the question may have been put
+    /// this is true, so whoever finds it may repeat the question.
+    #[must_use]
+    pub fn awaits_decision(&self) -> bool {
+        self.control.awaits_decision()
     }
 
     /// The daemon's answer to [`SwitchHooks::await_commit`]: whether the inventory's binding names
     /// the destination now. Without effect before the question and after the first answer.
     pub fn decide(&self, committed: bool) {
-        let mut state = lock(&self.control.state);
-        if state.asked && state.decision.is_none() {
-            state.decision = Some(committed);
-            self.control.changed.notify_all();
-        }
+        self.control.decide(committed);
     }
 
     /// Waits until the job has ended and its last hook has returned.
     #[must_use]
     pub fn join(&self) -> MigrationStatus {
-        let mut state = lock(&self.control.state);
-        while !state.ended {
-            state = self
-                .control
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        drop(state);
+        self.control.ended();
         self.control.status()
-    }
-}
-
-impl Control {
-    fn status(&self) -> MigrationStatus {
-        let mut status = lock(&self.status).clone();
-        if !status.phase.is_final() {
-            status.elapsed_ms = self.elapsed_ms();
-        }
-        status
-    }
-
-    fn elapsed_ms(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    pub(crate) fn update(&self, change: impl FnOnce(&mut MigrationStatus)) {
-        let mut status = lock(&self.status);
-        change(&mut status);
-        status.elapsed_ms = self.elapsed_ms();
-    }
-
-    pub(crate) fn is_cancelled(&self) -> bool {
-        lock(&self.state).cancelled
-    }
-
-    /// From now on only the daemon decides; false if the job was cancelled before.
-    pub(crate) fn ask(&self) -> bool {
-        let mut state = lock(&self.state);
-        state.asked = !state.cancelled;
-        state.asked
-    }
-
-    /// Waits for the daemon's answer.
-    pub(crate) fn decision(&self) -> bool {
-        let mut state = lock(&self.state);
-        loop {
-            if let Some(committed) = state.decision {
-                return committed;
-            }
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    pub(crate) fn end(&self) {
-        lock(&self.state).ended = true;
-        self.changed.notify_all();
     }
 }
 

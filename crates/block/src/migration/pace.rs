@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// The throughput is that of the last second of copying.
+/// The throughput is that of the last second.
 const WINDOW: Duration = Duration::from_secs(1);
 
 /// Measures a copier and holds it to its rate.
@@ -70,6 +70,46 @@ impl Pace {
     }
 }
 
+/// What an operator sees: how fast the job really goes, whatever it waits for.
+#[derive(Debug)]
+pub(crate) struct Meter {
+    /// When how many bytes were copied, newest last. The first is where the measured time begins;
+    /// its bytes do not count any more.
+    samples: VecDeque<(Instant, u64)>,
+    bytes: u64,
+}
+
+impl Meter {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self {
+            samples: VecDeque::from([(now, 0)]),
+            bytes: 0,
+        }
+    }
+
+    /// `len` bytes were copied by now.
+    pub(crate) fn copied(&mut self, now: Instant, len: u64) {
+        if len > 0 {
+            self.samples.push_back((now, len));
+            self.bytes += len;
+        }
+    }
+
+    /// Bytes per second over the last second.
+    pub(crate) fn rate(&mut self, now: Instant) -> u64 {
+        while let Some((at, len)) = self.samples.get(1).copied() {
+            if now.saturating_duration_since(at) < WINDOW {
+                break;
+            }
+            self.samples.pop_front();
+            self.bytes -= len;
+        }
+        self.samples.front().map_or(0, |(since, _)| {
+            rate(self.bytes, now.saturating_duration_since(*since))
+        })
+    }
+}
+
 /// Bytes per second.
 pub(crate) fn rate(bytes: u64, time: Duration) -> u64 {
     let nanos = time.as_nanos();
@@ -95,6 +135,25 @@ mod tests {
             pace.copied(Duration::from_millis(100), 100);
         }
         assert_eq!(pace.throughput(), 1000);
+    }
+
+    #[test]
+    fn the_meter_counts_every_moment() {
+        let start = Instant::now();
+        let mut meter = Meter::new(start);
+        let at = |ms| start + Duration::from_millis(ms);
+        assert_eq!(meter.rate(start), 0);
+        // 1000 bytes every 100 ms, however little of that was copying.
+        for number in 1..=50 {
+            meter.copied(at(number * 100), 1000);
+            assert_eq!(meter.rate(at(number * 100)), 10_000);
+        }
+        // Then nothing.
+        assert_eq!(meter.rate(at(5500)), 5000 * 1000 / 1000);
+        assert_eq!(meter.rate(at(9000)), 0);
+        // After a long while the first bytes count for all of it.
+        meter.copied(at(15_000), 1000);
+        assert_eq!(meter.rate(at(15_000)), 100);
     }
 
     #[test]

@@ -1,0 +1,257 @@
+//! What a migration's threads share with everyone else.
+//!
+//! Three parties meet here: the job's thread, its guard (see `pause.rs`), and whoever cancels or
+//! decides. One lock orders them, so that of "the pause is over" and "the daemon is asked" exactly
+//! one comes first, and of "cancelled" and "asked" too. The lock is a leaf: nothing is called while
+//! it is held.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use strake_api::job::{JobId, MigrationStatus};
+
+use crate::Event;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Control {
+    /// Wakes the job's thread wherever it waits for I/O.
+    pub(crate) event: Arc<Event>,
+    pub(crate) job: JobId,
+    state: Mutex<State>,
+    changed: Condvar,
+    status: Mutex<MigrationStatus>,
+    began: Instant,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    cancelled: bool,
+    /// The daemon was asked; from now on only its answer counts.
+    asked: bool,
+    decision: Option<bool>,
+    gate: Gate,
+    /// The job needs no guard any more.
+    unguarded: bool,
+    ended: bool,
+}
+
+/// The gate as far as this job closed it.
+#[derive(Debug, Clone, Copy, Default)]
+enum Gate {
+    #[default]
+    Open,
+    /// Closed; to be opened at this instant at the latest, unless the daemon was asked before.
+    Closed { since: Instant, until: Instant },
+    /// Somebody is opening it.
+    Opening,
+}
+
+/// Whether the daemon may be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ask {
+    /// From now on only the daemon decides, and the gate stays closed until it has.
+    Asked,
+    Cancelled,
+    /// The gate was opened: the destination may lack something again.
+    TooLate,
+}
+
+/// Why the guard opens a gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Overdue {
+    Cancelled,
+    TooLong,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Control {
+    pub(crate) fn new(event: Arc<Event>, status: MigrationStatus) -> Self {
+        Self {
+            event,
+            job: status.job.clone(),
+            state: Mutex::new(State::default()),
+            changed: Condvar::new(),
+            status: Mutex::new(status),
+            began: Instant::now(),
+        }
+    }
+
+    pub(crate) fn status(&self) -> MigrationStatus {
+        let mut status = lock(&self.status).clone();
+        if !status.phase.is_final() {
+            status.elapsed_ms = self.elapsed_ms();
+        }
+        status
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut MigrationStatus)) {
+        let mut status = lock(&self.status);
+        change(&mut status);
+        status.elapsed_ms = self.elapsed_ms();
+    }
+
+    /// False if the daemon was already asked.
+    pub(crate) fn cancel(&self) -> bool {
+        {
+            let mut state = lock(&self.state);
+            if state.asked && !state.ended {
+                return false;
+            }
+            state.cancelled = true;
+            self.changed.notify_all();
+        }
+        self.event.signal();
+        true
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        lock(&self.state).cancelled
+    }
+
+    /// Asks for the right to ask the daemon.
+    pub(crate) fn ask(&self) -> Ask {
+        let mut state = lock(&self.state);
+        if state.cancelled {
+            return Ask::Cancelled;
+        }
+        if !matches!(state.gate, Gate::Closed { .. }) {
+            return Ask::TooLate;
+        }
+        state.asked = true;
+        Ask::Asked
+    }
+
+    pub(crate) fn awaits_decision(&self) -> bool {
+        let state = lock(&self.state);
+        state.asked && state.decision.is_none() && !state.ended
+    }
+
+    pub(crate) fn decide(&self, committed: bool) {
+        let mut state = lock(&self.state);
+        if state.asked && state.decision.is_none() {
+            state.decision = Some(committed);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits for the daemon's answer.
+    pub(crate) fn decision(&self) -> bool {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(committed) = state.decision {
+                return committed;
+            }
+            state = self.wait(state);
+        }
+    }
+
+    pub(crate) fn is_committed(&self) -> bool {
+        lock(&self.state).decision == Some(true)
+    }
+
+    /// The job's thread has closed the gate.
+    pub(crate) fn gate_closed(&self, since: Instant, until: Instant) {
+        lock(&self.state).gate = Gate::Closed { since, until };
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn is_gate_closed(&self) -> bool {
+        matches!(lock(&self.state).gate, Gate::Closed { .. })
+    }
+
+    /// True if the caller is to open the gate, and to say [`gate_opened`](Self::gate_opened) then;
+    /// false once it is open.
+    pub(crate) fn begin_opening(&self) -> bool {
+        let mut state = lock(&self.state);
+        loop {
+            match state.gate {
+                Gate::Open => return false,
+                Gate::Closed { .. } => {
+                    state.gate = Gate::Opening;
+                    return true;
+                }
+                // Not before it is done: the next pause must not meet the end of this one.
+                Gate::Opening => state = self.wait(state),
+            }
+        }
+    }
+
+    pub(crate) fn gate_opened(&self) {
+        lock(&self.state).gate = Gate::Open;
+        self.changed.notify_all();
+    }
+
+    /// The guard's wait: returns when the guard is to open the gate, as if by
+    /// [`begin_opening`](Self::begin_opening), and says since when it is closed; none when the job
+    /// needs it no more.
+    pub(crate) fn overdue(&self) -> Option<(Overdue, Instant)> {
+        let mut state = lock(&self.state);
+        loop {
+            if state.unguarded {
+                return None;
+            }
+            let (since, until) = match state.gate {
+                Gate::Closed { since, until } if !state.asked => (since, until),
+                _ => {
+                    state = self.wait(state);
+                    continue;
+                }
+            };
+            let left = until.saturating_duration_since(Instant::now());
+            if state.cancelled || left.is_zero() {
+                state.gate = Gate::Opening;
+                let why = if state.cancelled {
+                    Overdue::Cancelled
+                } else {
+                    Overdue::TooLong
+                };
+                return Some((why, since));
+            }
+            state = self.wait_at_most(state, left);
+        }
+    }
+
+    /// Lets the guard go.
+    pub(crate) fn unguard(&self) {
+        lock(&self.state).unguarded = true;
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn end(&self) {
+        lock(&self.state).ended = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for [`end`](Self::end).
+    pub(crate) fn ended(&self) {
+        let mut state = lock(&self.state);
+        while !state.ended {
+            state = self.wait(state);
+        }
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed
+            .wait(state)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_at_most<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        limit: Duration,
+    ) -> MutexGuard<'a, State> {
+        match self.changed.wait_timeout(state, limit) {
+            Ok((state, _)) => state,
+            Err(poisoned) => poisoned.into_inner().0,
+        }
+    }
+}
