@@ -155,7 +155,7 @@ fn daemon_at_point(host: &mut Host, vm: &Vm, stamps: &Stamps, point: &str) -> Ou
         let _ = host.strake(&["jobs", "cancel", job])?;
     }
     host.daemon_ends(Duration::from_secs(90))?;
-    stamps.go_on_without_daemon()?;
+    stamps.lives_without_daemon()?;
     host.start_daemon(&[])?;
     // The client found the daemon again, or says that it did not; both are well.
     client.wait(Duration::from_secs(90))?;
@@ -206,7 +206,7 @@ fn daemon_at_random(name: &str) -> Outcome {
         let instant = random_below(4000);
         thread::sleep(Duration::from_millis(instant));
         host.kill_daemon();
-        stamps.go_on_without_daemon()?;
+        stamps.lives_without_daemon()?;
         host.start_daemon(&[])?;
         client.wait(Duration::from_secs(120))?;
         settled(&host, &vm).doing(format!("round {round}, killed after {instant} ms"))?;
