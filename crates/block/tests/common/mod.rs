@@ -446,6 +446,15 @@ impl Runner {
     }
 }
 
+/// What a test does at one of the hooks, in the migration's thread.
+pub type Act = Mutex<Option<Box<dyn FnMut() + Send>>>;
+
+fn act(act: &Act) {
+    if let Some(act) = act.lock().unwrap().as_mut() {
+        act();
+    }
+}
+
 /// The daemon's and the machine's side of a migration.
 pub struct Hooks {
     asked: Mutex<Sender<JobId>>,
@@ -453,6 +462,8 @@ pub struct Hooks {
     pub resumed: AtomicU64,
     pub ended: Mutex<Vec<MigrationStatus>>,
     pub refuse_suspend: AtomicBool,
+    pub at_suspend: Act,
+    pub at_resume: Act,
 }
 
 impl Hooks {
@@ -464,6 +475,8 @@ impl Hooks {
             resumed: AtomicU64::new(0),
             ended: Mutex::new(Vec::new()),
             refuse_suspend: AtomicBool::new(false),
+            at_suspend: Mutex::default(),
+            at_resume: Mutex::default(),
         };
         (Arc::new(hooks), receiver)
     }
@@ -477,11 +490,13 @@ impl SwitchHooks for Hooks {
             }
             .into());
         }
+        act(&self.at_suspend);
         self.suspended.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 
     fn resume_vm(&self) {
+        act(&self.at_resume);
         self.resumed.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -507,11 +522,26 @@ impl Job {
         to: &Arc<dyn Image>,
         limits: MigrationLimits,
     ) -> Result<Self> {
-        let (hooks, asked) = Hooks::new();
+        Self::start_with(
+            disk,
+            to,
+            limits,
+            Hooks::new(),
+            tempfile::tempfile().unwrap(),
+        )
+    }
+
+    pub fn start_with(
+        disk: &Arc<LiveDisk>,
+        to: &Arc<dyn Image>,
+        limits: MigrationLimits,
+        (hooks, asked): (Arc<Hooks>, Receiver<JobId>),
+        journal: File,
+    ) -> Result<Self> {
         let migration = Migration::start(
             Arc::clone(disk),
             Arc::clone(to),
-            tempfile::tempfile().unwrap(),
+            journal,
             JobId("job-1".into()),
             limits,
             Arc::clone(&hooks) as Arc<dyn SwitchHooks>,
