@@ -14,6 +14,8 @@
 use serde::{Deserialize, Serialize};
 use strake_observe::Observation;
 
+pub use crate::spec::ConsoleKind;
+
 use crate::job::{JobId, MigrationLimits, MigrationStatus};
 
 /// The version of this protocol. A monitor refuses another one by name.
@@ -22,7 +24,8 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// The descriptor number at which a monitor finds its listening control socket.
 pub const LISTEN_FD: i32 = 3;
 
-/// The largest packet, in bytes.
+/// The largest packet, in bytes. A reply or an event that would be larger is cut: first the passes of
+/// its jobs go, then causes far down in its observations, which say so.
 pub const MAX_PACKET: usize = 128 * 1024;
 
 /// The most descriptors in one packet (the kernel's own bound is 253).
@@ -77,7 +80,8 @@ pub enum Request {
     PowerButton,
     /// Stops the guest at once, flushes the disks, and exits.
     Stop,
-    /// Attaches a stream socket to the serial console: output from now on, input at any time.
+    /// Attaches a stream socket to the consoles: output of both from now on, input for the one that
+    /// [`MachineConfig::console`] names at any time.
     /// Several may be attached; one that does not read loses output, never blocks the guest.
     AttachConsole {
         /// The monitor's end.
@@ -198,7 +202,8 @@ pub struct VmStatus {
     pub uptime_ms: u64,
     /// Its disks.
     pub disks: Vec<DiskStatus>,
-    /// The jobs of this process, ended ones included.
+    /// The jobs of this process: those that go on, and the last ones that ended, these without
+    /// their passes ([`Request::JobStatus`] has them).
     pub jobs: Vec<MigrationStatus>,
 }
 
@@ -250,7 +255,10 @@ pub struct MachineConfig {
     pub disks: Vec<DiskConfig>,
     /// Network interfaces, in the order of the spec.
     pub nics: Vec<NicConfig>,
-    /// The file that the serial console's output is appended to.
+    /// Which console attached terminals type into.
+    #[serde(default)]
+    pub console: ConsoleKind,
+    /// The file that the output of both consoles is appended to.
     pub console_log: FdIndex,
 }
 

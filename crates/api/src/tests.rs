@@ -1,8 +1,8 @@
 //! What crosses between processes comes through whole, and the largest of it fits.
 
 use crate::control::{
-    Body, BootConfig, DiskConfig, Event, ExitReason, FdIndex, MAX_FDS, MAX_PACKET, MachineConfig,
-    MemoryConfig, NicConfig, Packet, Reply, Request, RunState, VmStatus,
+    Body, BootConfig, ConsoleKind, DiskConfig, Event, ExitReason, FdIndex, MAX_FDS, MAX_PACKET,
+    MachineConfig, MemoryConfig, NicConfig, Packet, Reply, Request, RunState, VmStatus,
 };
 use crate::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase};
 use crate::spec::{MAX_CMDLINE, MAX_DEVICE_NAME, MAX_DEVICES, MAX_NAME, MAX_PATH};
@@ -70,6 +70,7 @@ fn largest_machine() -> MachineConfig {
             };
             MAX_DEVICES
         ],
+        console: ConsoleKind::Virtio,
         console_log: FdIndex(6),
     }
 }

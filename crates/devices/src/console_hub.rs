@@ -19,6 +19,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use strake_observe::{Because, OsContext, Result, State as Seen, recorder};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -40,6 +41,9 @@ const WAKE: u64 = u64::MAX;
 const CHUNK: usize = 4096;
 /// How soon input is offered again that the guest had no room for.
 const RETRY_MS: i32 = 20;
+/// How long the input of a terminal that has left waits for the guest to have room: what was piped
+/// into it shall arrive, but a guest that never reads must not keep its place for ever.
+const LEFT_LIMIT: Duration = Duration::from_secs(2);
 
 /// The host's end of a console.
 pub struct ConsoleHub {
@@ -211,6 +215,8 @@ struct Stream {
     socket: UnixStream,
     /// Input that the guest had no room for. The stream is not read meanwhile.
     pending: Vec<u8>,
+    /// Since when the terminal is known to have left while its input waits.
+    left: Option<Instant>,
     /// How much of the next output is older than the stream.
     skip: usize,
 }
@@ -259,6 +265,9 @@ impl Hub {
             );
             ready.sort_unstable();
             ready.dedup();
+            for event in events.iter().take(count) {
+                self.note_end(event);
+            }
             for token in ready {
                 self.take_input(token, input.as_deref());
             }
@@ -302,6 +311,7 @@ impl Hub {
             let stream = Stream {
                 socket,
                 pending: Vec::new(),
+                left: None,
                 skip,
             };
             self.streams.insert(token, stream);
@@ -358,6 +368,17 @@ impl Hub {
         }
     }
 
+    /// Notes that a terminal has left while its input waits. Of the others reading tells.
+    fn note_end(&mut self, event: &EpollEvent) {
+        let gone = EventSet::HANG_UP | EventSet::ERROR;
+        if event.event_set().intersects(gone)
+            && let Some(stream) = self.streams.get_mut(&event.data())
+            && !stream.pending.is_empty()
+        {
+            stream.left.get_or_insert_with(Instant::now);
+        }
+    }
+
     /// Reads from a stream, or offers again what it read before.
     fn take_input(&mut self, token: u64, input: Option<&dyn ConsoleInput>) {
         let Some(stream) = self.streams.get_mut(&token) else {
@@ -382,9 +403,15 @@ impl Hub {
         let taken = input.map_or(stream.pending.len(), |input| input.offer(&stream.pending));
         stream.pending.drain(..taken.min(stream.pending.len()));
         let waits = !stream.pending.is_empty();
+        if waits && stream.left.is_some_and(|left| left.elapsed() >= LEFT_LIMIT) {
+            return self.dismiss(token);
+        }
         if waits != waited {
+            stream.left = None;
+            // The end of a stream is reported whether one asks for it or not, and for as long as
+            // it lasts. While its input waits, once is enough.
             let events = if waits {
-                EventSet::empty()
+                EventSet::ONE_SHOT
             } else {
                 EventSet::IN
             };
@@ -417,8 +444,6 @@ impl Hub {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
-
     use super::*;
 
     struct Sink(Mutex<(Vec<u8>, usize)>);
@@ -496,6 +521,56 @@ mod tests {
         let sent: Vec<u8> = (0..200).collect();
         ours.write_all(&sent).unwrap();
         eventually(|| sink.0.lock().unwrap().0 == sent);
+    }
+
+    /// How long a thread of this process has been computing.
+    fn worked(thread: &str) -> Duration {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let read = |task: &std::path::Path, file: &str| std::fs::read_to_string(task.join(file));
+        let task = tasks
+            .map(|task| task.unwrap().path())
+            .find(|task| read(task, "comm").is_ok_and(|name| name.trim() == thread))
+            .unwrap();
+        // User and system time, in ticks of 10 ms.
+        let stat = read(&task, "stat").unwrap();
+        let fields = stat.rsplit_once(')').unwrap().1.split_whitespace();
+        let ticks = fields.skip(11).take(2).map(|n| n.parse::<u64>().unwrap());
+        Duration::from_millis(ticks.sum::<u64>() * 10)
+    }
+
+    #[test]
+    fn a_terminal_that_leaves_with_unread_input_costs_nothing_and_is_dismissed() {
+        let (_file, append) = log();
+        let hub = ConsoleHub::new("hub-left", append).unwrap();
+        let sink = Arc::new(Sink(Mutex::new((Vec::new(), 0))));
+        hub.connect_input(sink);
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        hub.attach(theirs.into()).unwrap();
+        ours.write_all(b"nobody reads this").unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        drop(ours);
+        let before = worked("hub-left");
+        std::thread::sleep(Duration::from_millis(1000));
+        let spent = worked("hub-left") - before;
+        assert!(spent < Duration::from_millis(200), "{spent:?} of a second");
+        eventually(|| hub.shared.lock().streams == 0);
+    }
+
+    #[test]
+    fn input_of_a_terminal_that_has_left_still_arrives() {
+        let (_file, append) = log();
+        let hub = ConsoleHub::new("console", append).unwrap();
+        let sink = Arc::new(Sink(Mutex::new((Vec::new(), 0))));
+        hub.connect_input(sink.clone());
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        hub.attach(theirs.into()).unwrap();
+        let sent = vec![b'x'; 2 * CHUNK];
+        ours.write_all(&sent).unwrap();
+        drop(ours);
+        std::thread::sleep(Duration::from_millis(100));
+        sink.0.lock().unwrap().1 = CHUNK;
+        eventually(|| sink.0.lock().unwrap().0 == sent);
+        eventually(|| hub.shared.lock().streams == 0);
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::sync::Arc;
 
-use strake_api::control::{BootConfig, MachineConfig};
+use strake_api::control::{BootConfig, ConsoleKind, MachineConfig};
 use strake_arch::acpi::{self, AcpiConfig};
 use strake_arch::boot::{self, Entry};
 use strake_arch::{cpuid, layout, msr};
@@ -17,6 +17,7 @@ use strake_devices::interrupt::{Doorbells, MsiBroker};
 use strake_devices::lifecycle::Component;
 use strake_devices::pci::{PciFunction, SLOTS};
 use strake_devices::virtio::blk::{BlkConfig, VirtioBlk};
+use strake_devices::virtio::console::VirtioConsole;
 use strake_devices::virtio::net::VirtioNet;
 use strake_devices::virtio::rng::VirtioRng;
 use strake_devices::virtio::{VirtioDevice, VirtioPci};
@@ -80,7 +81,7 @@ impl Machine {
             .because_of(|| failed("adding the disks"))?;
         add_nics(&mut slots, &config, fds)
             .because_of(|| failed("adding the network interfaces"))?;
-        add_rng(&mut slots, &config).because_of(|| failed("adding the random number device"))?;
+        add_own(&mut slots, &config).because_of(|| failed("adding the machine's own devices"))?;
 
         let entry = load(&config, fds, &disks, &ram).because_of(|| failed("loading the kernel"))?;
         if let Some(first) = vcpus.first() {
@@ -242,20 +243,38 @@ fn add_nics(slots: &mut Slots, config: &MachineConfig, fds: &mut Descriptors) ->
     Ok(())
 }
 
-/// Every guest has a source of random numbers, in the highest slot that the spec leaves free: the
-/// spec's own slots are recorded and do not move, so this one does not either.
-fn add_rng(slots: &mut Slots, config: &MachineConfig) -> Result<()> {
-    let taken: HashSet<u8> = config
-        .disks
-        .iter()
-        .map(|disk| disk.slot)
+/// What every guest has beside its spec's devices: a source of random numbers in the highest slot
+/// that the spec leaves free, and a virtio console in the next one below. The spec's own slots are
+/// recorded and do not move, so these do not either: the daemon gives out slots below 28 only, which
+/// makes them slots 31 and 30.
+fn add_own(slots: &mut Slots, config: &MachineConfig) -> Result<()> {
+    let mut free = free_slots(config);
+    // A guest with 31 devices of its own does without.
+    if let Some(slot) = free.next() {
+        slots.add(slot, VirtioRng::new("rng"))?;
+    }
+    let console = VirtioConsole::new("hvc", slots.platform.console.clone())?;
+    if config.console == ConsoleKind::Virtio {
+        slots.platform.console.connect_input(console.input());
+    }
+    match (free.next(), config.console) {
+        (Some(slot), _) => slots.add(slot, console),
+        (None, ConsoleKind::Serial) => Ok(()),
+        (None, ConsoleKind::Virtio) => Err(BadConfig {
+            vm: config.vm.clone(),
+            reason: "no PCI slot is left for the virtio console".to_owned(),
+        }
+        .into()),
+    }
+}
+
+/// The slots that the spec leaves free, from the highest.
+fn free_slots(config: &MachineConfig) -> impl Iterator<Item = u8> {
+    let disks = config.disks.iter().map(|disk| disk.slot);
+    let taken: HashSet<u8> = disks
         .chain(config.nics.iter().map(|nic| nic.slot))
         .collect();
-    match (1..SLOTS).rev().find(|slot| !taken.contains(slot)) {
-        Some(slot) => slots.add(slot, VirtioRng::new("rng")),
-        // A guest with 31 devices of its own does without.
-        None => Ok(()),
-    }
+    (1..SLOTS).rev().filter(move |slot| !taken.contains(slot))
 }
 
 /// Puts the kernel into the guest's memory.

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use strake_api::control::Event;
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus};
 use strake_block::{Access, LiveDisk, Migration, RawImage, SwitchHooks};
 use strake_observe::Result;
 
@@ -152,7 +152,7 @@ impl Jobs {
     pub(crate) fn awaiting_commit(&self) -> Vec<JobId> {
         self.lock()
             .iter()
-            .filter(|(_, migration)| migration.status().phase == Phase::AwaitingCommit)
+            .filter(|(_, migration)| migration.awaits_decision())
             .map(|(job, _)| job.clone())
             .collect()
     }

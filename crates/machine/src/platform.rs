@@ -58,7 +58,8 @@ impl Power {
 }
 
 impl Platform {
-    /// Builds it. The serial port's output is appended to `console_log`.
+    /// Builds it. The serial port's output is appended to `console_log`, and input goes to it until
+    /// another console takes it.
     pub(crate) fn build(
         vm: &Vm,
         crew: &Arc<Crew>,

@@ -15,8 +15,8 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 use strake_api::control::{
-    Body, BootConfig, Event, ExitReason, FdIndex, MachineConfig, MemoryConfig, PROTOCOL_VERSION,
-    Packet, Reply, Request, RunState,
+    Body, BootConfig, ConsoleKind, Event, ExitReason, FdIndex, MachineConfig, MemoryConfig,
+    PROTOCOL_VERSION, Packet, Reply, Request, RunState,
 };
 use strake_machine::control::{Connection, Received};
 
@@ -149,6 +149,7 @@ impl Monitor {
             },
             disks: Vec::new(),
             nics: Vec::new(),
+            console: ConsoleKind::default(),
             console_log: FdIndex(3),
         };
         let reply = monitor.ask(Request::Configure(Box::new(config)), &fds);

@@ -3,6 +3,7 @@
 //! ```toml
 //! cpus = 2
 //! memory = "1G"
+//! console = "serial"               # or "virtio"; serial if absent
 //!
 //! [boot]
 //! from = "kernel"
@@ -55,6 +56,9 @@ pub struct VmSpec {
     pub cpus: u8,
     /// The guest's RAM: `512M`, `1G`, or bytes.
     pub memory: Bytes,
+    /// Which of the guest's consoles terminals type into.
+    #[serde(default, skip_serializing_if = "ConsoleKind::is_default")]
+    pub console: ConsoleKind,
     /// What to boot.
     pub boot: BootSpec,
     /// Disks, in the guest's order.
@@ -63,6 +67,26 @@ pub struct VmSpec {
     /// Network interfaces, in the guest's order.
     #[serde(default, rename = "nic")]
     pub nics: Vec<NicSpec>,
+}
+
+/// Which of the guest's consoles the input of attached terminals goes to. Every guest has both, and
+/// what it writes to either is on the terminals and in the log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConsoleKind {
+    /// The serial port, `ttyS0` in Linux: works from the first line of the boot on.
+    #[default]
+    Serial,
+    /// virtio-console, `hvc0` in Linux: a fraction of the serial port's cost for each byte.
+    Virtio,
+}
+
+impl ConsoleKind {
+    /// Whether it is what a spec that does not name it means.
+    #[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What to boot.

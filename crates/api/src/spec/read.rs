@@ -77,7 +77,7 @@ struct Section {
 }
 
 const TOP: Section = Section {
-    known: &["labels", "cpus", "memory", "boot", "disk", "nic"],
+    known: &["labels", "cpus", "memory", "console", "boot", "disk", "nic"],
     required: &["cpus", "memory", "boot"],
 };
 const BOOT_KERNEL: Section = Section {

@@ -60,6 +60,18 @@ fn a_full_spec_survives_toml_and_json() {
 }
 
 #[test]
+fn the_console_is_serial_unless_said_otherwise() {
+    let console = |text: &str| VmSpec::from_toml(text, "web1.toml").unwrap().console;
+    assert_eq!(console(FULL), ConsoleKind::Serial);
+    let said = |kind: &str| with("cpus = 2", &format!("cpus = 2\nconsole = \"{kind}\""));
+    assert_eq!(console(&said("serial")), ConsoleKind::Serial);
+    assert_eq!(console(&said("virtio")), ConsoleKind::Virtio);
+    let spec = VmSpec::from_toml(&said("virtio"), "web1.toml").unwrap();
+    let again = VmSpec::from_toml(&spec.to_toml().unwrap(), "again").unwrap();
+    assert_eq!(again.console, ConsoleKind::Virtio);
+}
+
+#[test]
 fn boot_from_the_disk_needs_no_kernel() {
     let text = "cpus = 1\nmemory = 67108864\nboot = { from = \"disk\" }\n\
                 disk = [{ name = \"a\", image = \"/a\" }]";
@@ -79,6 +91,22 @@ fn each_problem_has_its_place() {
         ("cpus = 2", "cpus = 300", "cpus", 2, 8, "300"),
         ("cpus = 2", "cpus = \"two\"", "cpus", 2, 8, "string"),
         ("cpus = 2", "", "the spec", 1, 1, "'cpus' is missing"),
+        (
+            "cpus = 2",
+            "cpus = 2\nconsole = \"vga\"",
+            "console",
+            3,
+            11,
+            "`serial` or `virtio`",
+        ),
+        (
+            "cpus = 2",
+            "cpus = 2\nconsole = 1",
+            "console",
+            3,
+            11,
+            "string",
+        ),
         (
             "cpus = 2",
             "cpus = 2\nmemroy = 5",

@@ -181,6 +181,7 @@ fn spec(args: &Args) -> Result<(VmSpec, String)> {
         labels: std::collections::BTreeMap::new(),
         cpus: args.cpus,
         memory: args.memory,
+        console: strake_api::spec::ConsoleKind::default(),
         boot,
         disks,
         nics,

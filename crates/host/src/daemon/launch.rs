@@ -92,6 +92,7 @@ impl Host {
                 boot,
                 disks,
                 nics,
+                console: vm.spec.console,
                 console_log,
             },
             fds,

@@ -125,6 +125,10 @@ fn told(status: ExitStatus) -> String {
             };
             format!("signal {signal}{name}")
         }
+        // The monitor's handler of SIGSYS ends it so, after a line in its log.
+        (None, Some(code)) if code == 128 + libc::SIGSYS => {
+            format!("exit status {code} (SIGSYS: a system call that its jail forbids)")
+        }
         (None, Some(code)) => format!("exit status {code}"),
         (None, None) => status.to_string(),
     }

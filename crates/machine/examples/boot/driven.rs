@@ -198,6 +198,15 @@ impl Driver {
                 said.drain(..at + 7);
                 self.migrate(options, path)?;
             }
+            if let Some(text) = &options.types
+                && let Some(at) = find(&said, b"TYPE")
+            {
+                said.drain(..at + 4);
+                let line = format!("{text}\n");
+                console
+                    .write_all(line.as_bytes())
+                    .os("write", "the console")?;
+            }
             if let Some(every) = options.pause_every
                 && paused.elapsed() >= Duration::from_millis(every)
             {

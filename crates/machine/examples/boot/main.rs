@@ -3,12 +3,12 @@
 //!
 //! ```text
 //! boot --kernel vmlinuz [--initrd FILE] [--cmdline TEXT] [--boot-disk] [--disk RAW]... [--tap NAME]
-//!      [--cpus N] [--memory MIB] [--button-after SECONDS]
-//!      [--monitor strake-vmm [--pause-every MS] [--migrate-to RAW]]
+//!      [--virtio-console] [--cpus N] [--memory MIB] [--button-after SECONDS]
+//!      [--monitor strake-vmm [--pause-every MS] [--migrate-to RAW] [--type TEXT]]
 //! ```
 //!
 //! With `--migrate-to` the first disk is migrated to a new file, again and again, each time that
-//! the guest says `MIGRATE` on its console.
+//! the guest says `MIGRATE` on its console; `--type` is typed once when the guest says `TYPE`.
 #![allow(unsafe_code)] // Opens a tap device, hands a descriptor to a child.
 
 mod driven;
@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use strake_api::control::{
-    BootConfig, DiskConfig, FdIndex, MachineConfig, MemoryConfig, NicConfig,
+    BootConfig, ConsoleKind, DiskConfig, FdIndex, MachineConfig, MemoryConfig, NicConfig,
 };
 use strake_machine::{Descriptors, Machine, Mailbox};
 use strake_observe::{OsContext, Result, Style, render};
@@ -29,6 +29,8 @@ struct Options {
     initrd: Option<String>,
     cmdline: String,
     boot_disk: bool,
+    console: ConsoleKind,
+    types: Option<String>,
     disks: Vec<String>,
     taps: Vec<String>,
     cpus: u8,
@@ -65,6 +67,8 @@ fn options() -> Options {
             "--initrd" => options.initrd = Some(value()),
             "--cmdline" => options.cmdline = value(),
             "--boot-disk" => options.boot_disk = true,
+            "--virtio-console" => options.console = ConsoleKind::Virtio,
+            "--type" => options.types = Some(value()),
             "--disk" => options.disks.push(value()),
             "--tap" => options.taps.push(value()),
             "--cpus" => options.cpus = value().parse().unwrap_or(1),
@@ -144,6 +148,7 @@ fn configuration(options: &Options) -> Result<(MachineConfig, Vec<OwnedFd>)> {
                 })
             })
             .collect::<Result<_>>()?,
+        console: options.console,
         console_log: give(
             std::io::stdout()
                 .as_fd()

@@ -1,9 +1,10 @@
 //! One connection with a daemon.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use strake_api::control::{Body, Event, Packet, Reply};
+use strake_api::job::JobId;
 use strake_observe::Result;
 
 use super::wire::{Connection, Received, Sent};
@@ -19,6 +20,9 @@ pub(super) struct Session {
     backlog: VecDeque<Packet>,
     /// Whether the daemon said hello: events come only afterwards.
     pub(super) greeted: bool,
+    /// The jobs whose commit this daemon was asked for. A question is posted by its job and
+    /// repeated for a new daemon; where the two meet it is asked once all the same.
+    asked: BTreeSet<JobId>,
 }
 
 /// Whether a session goes on.
@@ -34,6 +38,7 @@ impl Session {
             connection,
             backlog: VecDeque::new(),
             greeted: false,
+            asked: BTreeSet::new(),
         }
     }
 
@@ -67,6 +72,11 @@ impl Session {
             let Some(event) = mailbox.take() else {
                 break;
             };
+            if let Event::JobAwaitsCommit { job } = &event
+                && !self.asked.insert(job.clone())
+            {
+                continue;
+            }
             match self.connection.send_event(&event) {
                 Ok(Sent::Done) => {}
                 Ok(Sent::Full) => {

@@ -1,22 +1,24 @@
-//! A console: virtio-console with its one port, over a stream of the host.
+//! A console: virtio-console with its one port.
 //!
-//! One thread for both directions. Output that the stream does not take at once is lost, and
-//! counted: a guest's console driver spins until its buffer comes back, so a host that does not
-//! read must never hold it. Input waits in the stream until the guest offers a buffer.
+//! One thread for both directions. Output goes to a [`ConsoleOutput`], which never blocks: a guest's
+//! console driver spins until its buffer comes back, so a host that does not read must never hold
+//! it. Input is queued here (64 KiB at most, as with the serial port) until the guest offers a
+//! buffer; whoever offers input only appends and rings.
 
-use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use strake_memory::GuestMemory;
 use strake_observe::{OsContext, Result};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::guest::as_fd;
 use super::{
     Activation, ActiveQueue, Chain, ConfigSignal, Fault, Kind, Poller, Progress, Ready,
     VirtioDevice, Work,
 };
+use crate::serial::{ConsoleInput, ConsoleOutput, INPUT_LIMIT};
 
 /// Chains per queue.
 pub const QUEUE_SIZE: u16 = 128;
@@ -31,35 +33,69 @@ const CHUNK: usize = 4096;
 
 const RX_KICK: u64 = 0;
 const TX_KICK: u64 = 1;
-const STREAM: u64 = 2;
+const INPUT: u64 = 2;
 
 /// A console.
-#[derive(Debug)]
 pub struct VirtioConsole {
     name: String,
-    stream: Arc<OwnedFd>,
-    lost: Arc<AtomicU64>,
+    output: Arc<dyn ConsoleOutput>,
+    input: Arc<Input>,
+}
+
+/// What was typed and not yet read by the guest.
+struct Input {
+    queue: Mutex<VecDeque<u8>>,
+    arrived: EventFd,
+}
+
+impl Input {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ConsoleInput for Input {
+    fn offer(&self, bytes: &[u8]) -> usize {
+        let mut queue = self.lock();
+        let room = INPUT_LIMIT.saturating_sub(queue.len()).min(bytes.len());
+        queue.extend(bytes.iter().take(room));
+        drop(queue);
+        // It fails only if the counter is full, and then the worker is awake.
+        let _ = self.arrived.write(1);
+        room
+    }
+}
+
+impl fmt::Debug for VirtioConsole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VirtioConsole")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
+    }
 }
 
 impl VirtioConsole {
-    /// A console named `name` whose other end is `stream`: a socket or a terminal.
+    /// A console named `name` whose output goes to `output`.
     ///
     /// # Errors
-    /// The stream cannot be made non-blocking.
-    pub fn new(name: impl Into<String>, stream: OwnedFd) -> Result<Self> {
+    /// The system has no descriptor left.
+    pub fn new(name: impl Into<String>, output: Arc<dyn ConsoleOutput>) -> Result<Self> {
         let name = name.into();
-        rustix::io::ioctl_fionbio(&stream, true).os("FIONBIO", &name)?;
+        let arrived = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).os("eventfd", &name)?;
         Ok(Self {
             name,
-            stream: Arc::new(stream),
-            lost: Arc::default(),
+            output,
+            input: Arc::new(Input {
+                queue: Mutex::default(),
+                arrived,
+            }),
         })
     }
 
-    /// How many bytes of output the host did not take.
+    /// Where input is offered. What the guest has not read by then outlives the device's reset.
     #[must_use]
-    pub fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
+    pub fn input(&self) -> Arc<dyn ConsoleInput> {
+        self.input.clone()
     }
 }
 
@@ -104,12 +140,11 @@ impl VirtioDevice for VirtioConsole {
         let tx = activation.take(TX);
         Ok(vec![Box::new(ConsoleWork {
             name: self.name.clone(),
-            stream: Arc::clone(&self.stream),
-            lost: Arc::clone(&self.lost),
+            output: Arc::clone(&self.output),
+            input: Arc::clone(&self.input),
             memory: activation.memory,
             rx,
             tx,
-            ended: false,
             accepting: false,
         })])
     }
@@ -121,13 +156,11 @@ impl VirtioDevice for VirtioConsole {
 
 struct ConsoleWork {
     name: String,
-    stream: Arc<OwnedFd>,
-    lost: Arc<AtomicU64>,
+    output: Arc<dyn ConsoleOutput>,
+    input: Arc<Input>,
     memory: Arc<GuestMemory>,
     rx: Option<ActiveQueue>,
     tx: Option<ActiveQueue>,
-    /// Whether the other end is gone.
-    ended: bool,
     accepting: bool,
 }
 
@@ -180,25 +213,16 @@ impl ConsoleWork {
             .readable
             .read(&self.memory, 0, &mut bytes)
             .map_err(|_| tx.queue.fault("output is not in guest RAM"))?;
-        let mut rest = bytes.as_slice();
-        while !rest.is_empty() {
-            match rustix::io::write(self.stream.as_fd(), rest) {
-                Ok(count) if count > 0 => rest = rest.get(count..).unwrap_or_default(),
-                Err(rustix::io::Errno::INTR) => {}
-                _ => break,
-            }
-        }
-        let skipped = chain.readable.len() - len;
-        self.lost
-            .fetch_add(skipped + rest.len() as u64, Ordering::Relaxed);
+        self.output.write(&bytes);
         Ok(())
     }
 
     fn receive(&mut self, rx: &mut ActiveQueue) -> Result<Progress, Fault> {
-        let mut bytes = [0; CHUNK];
         rx.queue.disable_kicks()?;
         for _ in 0..BATCH {
-            if self.ended {
+            // Buffers stay in the queue until there is something to put into them. Only this
+            // worker takes from the input, so what is seen here is still there below.
+            if self.input.lock().is_empty() {
                 return Ok(Progress::Wait);
             }
             let Some(chain) = rx.queue.pop()? else {
@@ -208,35 +232,17 @@ impl ConsoleWork {
                 return Ok(Progress::Wait);
             };
             let room = usize::try_from(chain.writable.len()).unwrap_or(CHUNK);
-            let room = bytes.get_mut(..room.min(CHUNK)).unwrap_or_default();
-            if room.is_empty() {
-                rx.queue.complete(chain.head, 0)?;
-                continue;
-            }
-            match rustix::io::read(self.stream.as_fd(), &mut *room) {
-                Ok(0) => {
-                    self.ended = true;
-                    rx.queue.undo(1);
-                }
-                Ok(count) => {
-                    let got = room.get(..count).unwrap_or_default();
-                    chain
-                        .writable
-                        .write(&self.memory, 0, got)
-                        .map_err(|_| rx.queue.fault("an input buffer is not in guest RAM"))?;
-                    let count = u32::try_from(count).unwrap_or(0);
-                    rx.queue.complete(chain.head, count)?;
-                }
-                Err(error) => {
-                    rx.queue.undo(1);
-                    let error = std::io::Error::from(error);
-                    match error.kind() {
-                        ErrorKind::Interrupted => {}
-                        ErrorKind::WouldBlock => return Ok(Progress::Wait),
-                        _ => self.ended = true,
-                    }
-                }
-            }
+            let bytes: Vec<u8> = {
+                let mut queue = self.input.lock();
+                let count = room.min(CHUNK).min(queue.len());
+                queue.drain(..count).collect()
+            };
+            chain
+                .writable
+                .write(&self.memory, 0, &bytes)
+                .map_err(|_| rx.queue.fault("an input buffer is not in guest RAM"))?;
+            let count = u32::try_from(bytes.len()).unwrap_or(0);
+            rx.queue.complete(chain.head, count)?;
         }
         Ok(Progress::More)
     }
@@ -254,8 +260,7 @@ impl Work for ConsoleWork {
         if let Some(tx) = &self.tx {
             poller.readable(as_fd(&tx.kick), TX_KICK)?;
         }
-        // By edges: input that the guest has no buffer for must not spin.
-        poller.arrival(self.stream.as_fd(), STREAM)
+        poller.readable(as_fd(&self.input.arrived), INPUT)
     }
 
     fn start(&mut self) -> Result<Progress, Fault> {
@@ -264,13 +269,14 @@ impl Work for ConsoleWork {
     }
 
     fn ready(&mut self, why: Ready, _: &Poller) -> Result<Progress, Fault> {
-        let queue = match why {
-            Ready::Source(RX_KICK) => &self.rx,
-            Ready::Source(TX_KICK) => &self.tx,
-            _ => &None,
+        let rung = match why {
+            Ready::Source(RX_KICK) => self.rx.as_ref().map(|active| &active.kick),
+            Ready::Source(TX_KICK) => self.tx.as_ref().map(|active| &active.kick),
+            Ready::Source(INPUT) => Some(&self.input.arrived),
+            _ => None,
         };
-        if let Some(active) = queue {
-            let _ = active.kick.read();
+        if let Some(event) = rung {
+            let _ = event.read();
         }
         self.step()
     }

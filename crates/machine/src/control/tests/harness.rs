@@ -12,8 +12,8 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 use strake_api::control::{
-    Body, BootConfig, Event, ExitReason, FdIndex, MachineConfig, MemoryConfig, PROTOCOL_VERSION,
-    Packet, Reply, Request,
+    Body, BootConfig, ConsoleKind, Event, ExitReason, FdIndex, MachineConfig, MemoryConfig,
+    PROTOCOL_VERSION, Packet, Reply, Request,
 };
 use strake_observe::Result;
 
@@ -153,6 +153,7 @@ impl Monitor {
             },
             disks: Vec::new(),
             nics: Vec::new(),
+            console: ConsoleKind::default(),
             console_log: FdIndex(3),
         };
         (config, fds)
