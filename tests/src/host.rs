@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::Signal;
@@ -15,6 +16,9 @@ use crate::process::{self, Ran, Running, wait_until};
 /// How long the daemon may take to answer after its start. Under emulation on a busy machine a
 /// second is long past.
 const DAEMON_UP: Duration = Duration::from_secs(30);
+
+/// How many lines of a log are shown when a test fails.
+const LOG_LINES: usize = 25;
 
 /// A daemon and its folders. Dropping it ends the daemon and every monitor that it started, and
 /// removes the folders.
@@ -207,8 +211,62 @@ impl Host {
     }
 }
 
+/// What the hosts dropped so far had in their logs: why a test failed may stand there.
+static ENDED: Mutex<String> = Mutex::new(String::new());
+
+/// The logs of the hosts dropped so far.
+#[must_use]
+pub fn logs_of_ended() -> String {
+    ENDED
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .clone()
+}
+
+/// Removes what the host of a killed test left behind, and returns its logs. Its processes are
+/// gone already.
+#[must_use]
+pub fn take_away(name: &str) -> String {
+    let folder = place::at(&format!("/tmp/strake-{name}"));
+    let logs = logs_in(&folder);
+    for store in ["a", "b", "small"] {
+        let _ = fs::remove_dir_all(place::store(store).join(name));
+    }
+    let _ = fs::remove_dir_all(folder);
+    logs
+}
+
+/// The last lines of the daemon's log, of each monitor's, and of each guest's console.
+fn logs_in(folder: &Path) -> String {
+    let mut logs = tail_of(&folder.join("straked.log"), "daemon");
+    for (vms, file, what) in [
+        ("run/vms", "monitor.log", "monitor of"),
+        ("state/vms", "console.log", "console of"),
+    ] {
+        for vm in fs::read_dir(folder.join(vms)).into_iter().flatten().flatten() {
+            let name = vm.file_name().to_string_lossy().into_owned();
+            logs.push_str(&tail_of(&vm.path().join(file), &format!("{what} {name}")));
+        }
+    }
+    logs
+}
+
+fn tail_of(file: &Path, what: &str) -> String {
+    let text = fs::read(file).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    let from = lines.len().saturating_sub(LOG_LINES);
+    let tail = lines.get(from..).unwrap_or_default().join("\n");
+    format!("-- {what}:\n{tail}\n")
+}
+
 impl Drop for Host {
     fn drop(&mut self) {
+        let logs = logs_in(&self.folder);
+        ENDED
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push_str(&logs);
         if let Ok(Value::Array(vms)) = self.json(&["ps"]) {
             let pids = vms.iter().filter_map(|vm| vm.get("pid")?.as_u64());
             self.monitors

@@ -6,6 +6,15 @@ use strake_system_tests::{cases, runner};
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
+    if let [flag, name] = words.as_slice()
+        && flag == "--one"
+    {
+        return if runner::one(&cases::all(), name) {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        };
+    }
     if words.iter().any(|word| word == "--list") {
         for test in cases::all() {
             println!("{}", test.name);

@@ -95,7 +95,7 @@ fn run(task: Task) -> Result<ExitCode> {
                 Debian::Absent
             };
             let limit = Duration::from_secs(arguments.timeout);
-            let status = whole::command(&words, debian, limit)?.run()?;
+            let status = whole::run(&whole::command(&words, debian, limit)?)?;
             Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
         }
         Task::Guests => {

@@ -88,6 +88,14 @@ strake_observe::catalog! {
     text "the lab command did not end within {limit_s} s ({stage}); its output ended with:\n{output}";
     remedy "look at target/lab/last for the whole console and output, or raise --timeout";
 
+    /// A command on this machine ran out of its time.
+    DirectTimedOut("xtask.timed-out") {
+        /// The limit, in seconds.
+        limit_s: u64,
+    }
+    text "the command did not end within {limit_s} s";
+    remedy "its output stands above; look what it was at, or raise --timeout";
+
     /// Checks failed.
     ChecksFailed("xtask.checks-failed") {
         /// How many.

@@ -1,5 +1,8 @@
 //! Running something against the whole system: the product's programs, the guests and the test
-//! programs are brought to a host whose KVM runs stock kernels.
+//! programs are brought to a host whose KVM runs stock kernels. That is this machine if the probe
+//! says so, otherwise the lab.
+
+mod direct;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,6 +11,9 @@ use strake_observe::Result;
 
 use crate::lab::{LabCommand, Output};
 use crate::{build, guest};
+
+/// `lab` or `host` decides instead of the probe: to repeat in the lab what failed there.
+pub const PLACE: &str = "STRAKE_TESTS_IN";
 
 /// Whether the whole Debian image is needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +24,42 @@ pub enum Debian {
     Absent,
 }
 
-/// A command with everything that the whole system needs around it.
+/// Where whole-system commands run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the lab.
+    Lab,
+    /// On this machine, in namespaces of its own.
+    Host,
+}
+
+/// Where whole-system commands run here.
+#[must_use]
+pub fn place() -> Place {
+    match std::env::var(PLACE).as_deref() {
+        Ok("lab") => Place::Lab,
+        Ok("host") => Place::Host,
+        _ if rustix::process::geteuid().is_root()
+            && strake_probe::probe().runs_stock_kernels() =>
+        {
+            Place::Host
+        }
+        _ => Place::Lab,
+    }
+}
+
+/// Runs a command of [`command`] where the KVM is, and returns its exit status.
+///
+/// # Errors
+/// If the place cannot be made or the command does not end in time.
+pub fn run(command: &LabCommand) -> Result<i32> {
+    match place() {
+        Place::Lab => command.run(),
+        Place::Host => direct::run(command),
+    }
+}
+
+/// A command with everything that the whole system needs around it, for [`run`].
 ///
 /// # Errors
 /// If something cannot be built or fetched.

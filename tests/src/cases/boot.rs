@@ -66,7 +66,7 @@ fn boots(name: &str, cpus: u8) -> Outcome {
 fn network_works(guest: Guest, number: u8) -> Outcome {
     let address = guest.address.to_string();
     process::sh(&["ping", "-c", "3", "-W", "5", &address])?;
-    guest.sh(&format!("ping -c 3 -W 5 10.77.{number}.1"), QUICK)?;
+    guest.sh(&format!("busybox ping -c 3 -W 5 10.77.{number}.1"), QUICK)?;
     // Larger than any packet or ring: segmentation, mergeable buffers, many descriptors.
     let megabyte = guest.sh(
         "head -c 1048576 /dev/zero | tr '\\0' 'x'",

@@ -2,8 +2,6 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
-
 use crate::check;
 use crate::failure::Outcome;
 use crate::host::Host;
@@ -41,7 +39,7 @@ fn power_button(name: &str) -> Outcome {
         .cloned()
         .unwrap_or_default();
     check!(
-        exit == Value::from("guest-power-off"),
+        exit == "guest-power-off",
         "the last exit is {exit}"
     );
     let image = std::fs::read(vm.image(&host)?)?;
@@ -94,7 +92,7 @@ fn guest_resets(name: &str) -> Outcome {
         .cloned()
         .unwrap_or_default();
     check!(
-        exit == Value::from("guest-power-off"),
+        exit == "guest-power-off",
         "the last exit is {exit}"
     );
     Ok(())

@@ -14,7 +14,7 @@ const MEMORY_MIB: u32 = 3072;
 
 /// The stores: each its own disk and file system, so that a migration between two crosses devices
 /// and the small one can be filled. Sparse files; mounted at `/stores/NAME`.
-const STORES: &[(&str, u64)] = &[("a", 8 << 30), ("b", 8 << 30), ("small", 64 << 20)];
+pub(crate) const STORES: &[(&str, u64)] = &[("a", 8 << 30), ("b", 8 << 30), ("small", 64 << 20)];
 
 /// A running lab. Killed when dropped.
 #[derive(Debug)]

@@ -21,6 +21,7 @@ use std::time::Duration;
 use strake_observe::{OsContext, Result};
 
 pub(crate) use image::{busybox, write as write_archive};
+pub(crate) use machine::STORES;
 
 use crate::cpio::Tree;
 use crate::observations::LabStalled;
