@@ -12,6 +12,8 @@ use xtask::guest;
 use xtask::lab::LabCommand;
 use xtask::observations::BadFile;
 use xtask::setup;
+use xtask::show;
+use xtask::suite::{self, Kind, Plan};
 use xtask::whole::{self, Debian};
 
 /// Strake's own commands.
@@ -24,6 +26,16 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Boots a guest, moves its disk while it writes, and verifies that nothing was lost.
+    Demo,
+    /// Runs every test: lints, unit and property tests, fuzzers, and the whole system.
+    Test(TestArguments),
+    /// Measures Strake beside its peers, for example `bench storage --quick`.
+    Bench {
+        /// The bench and its options; `--help` lists them.
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
     /// Runs a command in the lab: a KVM host of its own, whatever this machine can do.
     Lab(LabArguments),
     /// Runs the whole-system tests whose names contain a word; all without one.
@@ -32,6 +44,16 @@ enum Task {
     Guests,
     /// Installs the programs that the other commands need (as root, on Debian).
     Setup,
+}
+
+#[derive(Debug, clap::Args)]
+struct TestArguments {
+    /// Only this kind; may be given several times.
+    #[arg(long, value_name = "KIND")]
+    only: Vec<Kind>,
+    /// Seconds for each fuzz target.
+    #[arg(long, default_value_t = 60)]
+    fuzz_seconds: u64,
 }
 
 #[derive(Debug, clap::Args)]
@@ -82,7 +104,15 @@ fn main() -> ExitCode {
 }
 
 fn run(task: Task) -> Result<ExitCode> {
+    let done = |()| ExitCode::SUCCESS;
     match task {
+        Task::Demo => show::demo().map(done),
+        Task::Test(arguments) => suite::run(&Plan {
+            only: arguments.only,
+            fuzz: Duration::from_secs(arguments.fuzz_seconds),
+        })
+        .map(done),
+        Task::Bench { arguments } => show::bench(&arguments).map(done),
         Task::Lab(arguments) => run_in_lab(&arguments),
         Task::System(arguments) => {
             let words: Vec<String> = ["strake-system-tests".to_owned()]
@@ -108,7 +138,7 @@ fn run(task: Task) -> Result<ExitCode> {
             );
             Ok(ExitCode::SUCCESS)
         }
-        Task::Setup => setup::all().map(|()| ExitCode::SUCCESS),
+        Task::Setup => setup::all().map(done),
     }
 }
 

@@ -1,0 +1,55 @@
+//! `cargo xtask demo` and `cargo xtask bench`: building what they need and starting it.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use strake_observe::Result;
+
+use crate::observations::DemoFailed;
+use crate::whole::{self, Debian};
+use crate::{build, setup, tool, workspace};
+
+/// Half of it is enough on two cores; a busy machine shall still see its end.
+const DEMO_LIMIT: Duration = Duration::from_secs(400);
+
+/// Runs the demo.
+///
+/// # Errors
+/// If something cannot be had, or the demo does not end well.
+pub fn demo() -> Result<()> {
+    setup::all()?;
+    eprintln!("building Strake and its guest; the first time takes a few minutes");
+    let mut command = whole::command(&["strake-demo".to_owned()], Debian::Absent, DEMO_LIMIT)?;
+    if std::io::stdout().is_terminal()
+        && let Ok(size) = rustix::termios::tcgetwinsize(std::io::stdout())
+    {
+        let columns = size.ws_col.max(40).to_string();
+        command
+            .env
+            .push(("STRAKE_DEMO_COLUMNS".to_owned(), columns));
+    }
+    let started = Instant::now();
+    let status = command.run()?;
+    eprintln!("({:.0} s after the build)", started.elapsed().as_secs_f64());
+    if status == 0 {
+        return Ok(());
+    }
+    Err(DemoFailed {
+        status: format!("exit status {status}"),
+    }
+    .into())
+}
+
+/// Builds the benches and runs one by its arguments.
+///
+/// # Errors
+/// If the build or the bench fails.
+pub fn bench(arguments: &[String]) -> Result<()> {
+    setup::all()?;
+    let mut cargo = build::cargo();
+    cargo.args(["build", "--quiet", "--release", "--package", "strake-bench"]);
+    tool::run_visibly(&mut cargo)?;
+    let program = workspace::target_dir().join("release/strake-bench");
+    let mut bench = std::process::Command::new(program);
+    tool::run_visibly(bench.args(arguments))
+}
