@@ -46,6 +46,27 @@ impl Bare {
         features: u64,
         size: u16,
     ) -> Self {
+        Self::activate(device, memory, features, size, None)
+    }
+
+    /// The same with all used rings at `used`, which need not be in RAM.
+    pub fn with_used_ring_at(
+        device: &dyn VirtioDevice,
+        memory: &Arc<GuestMemory>,
+        features: u64,
+        size: u16,
+        used: u64,
+    ) -> Self {
+        Self::activate(device, memory, features, size, Some(used))
+    }
+
+    fn activate(
+        device: &dyn VirtioDevice,
+        memory: &Arc<GuestMemory>,
+        features: u64,
+        size: u16,
+        used: Option<u64>,
+    ) -> Self {
         let limits = device.queue_sizes();
         let count = u16::try_from(limits.len()).unwrap();
         let msix = Msix::new(device.name(), count + 1, &Lines::default()).unwrap();
@@ -69,7 +90,7 @@ impl Bare {
                 .try_set_avail_ring_address(GuestAddress(ring.avail()))
                 .unwrap();
             queue
-                .try_set_used_ring_address(GuestAddress(ring.used()))
+                .try_set_used_ring_address(GuestAddress(used.unwrap_or(ring.used())))
                 .unwrap();
             queue.set_event_idx(event_idx);
             queue.set_ready(true);

@@ -11,8 +11,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::{BlkConfig, VirtioBlk};
 use crate::lifecycle::Component;
-use crate::testing::{Driver, HIGH_RAM_AT, Host, INDIRECT, NEXT, Piece, WRITE, eventually};
-use crate::virtio::{VirtioPci, feature};
+use crate::testing::{Bare, Driver, HIGH_RAM_AT, Host, INDIRECT, NEXT, Piece, WRITE, eventually};
+use crate::virtio::{EVENT_IDX, VirtioPci, feature};
 
 const SECTORS: u64 = 16 * 1024;
 const HEADER: u64 = 0x20_0000;
@@ -547,6 +547,63 @@ fn a_broken_ring_asks_for_a_reset_and_is_well_after_it() {
     }
     driver.bring_up(ALL, 16);
     assert_eq!(request(&mut driver, FLUSH, 0, &[]), OK);
+}
+
+/// What came before the fault in the same batch was accepted: it is served, or a reset would wait
+/// for it for ever.
+#[test]
+fn requests_before_a_broken_one_are_served_and_the_reset_comes_through() {
+    let disk = disk();
+    let (_function, mut driver) = disk.device(1, false);
+    for features in [ALL, ALL & !EVENT_IDX] {
+        driver.bring_up(features, 16);
+        // So that its worker waits for the kick.
+        assert_eq!(request(&mut driver, FLUSH, 0, &[]), OK);
+        driver.lines[0].raised();
+        for n in 0..3 {
+            let pieces = [
+                header(&driver, n, IN, n),
+                Piece::writable(DATA + n * 512, 512),
+                status(n),
+            ];
+            driver.rings[0].add(&pieces);
+        }
+        driver.rings[0].publish(9999);
+        driver.kick(0);
+        driver.expect_needs_reset();
+        for n in 0..3 {
+            driver.complete(0);
+            assert_eq!(get(&driver, STATUS + n, 1), [OK]);
+        }
+        let line = driver.lines[0].clone();
+        eventually(|| line.raised() > 0);
+        driver.reset();
+    }
+}
+
+/// A used ring that cannot be written: every completion faults, and all of them are taken.
+#[test]
+fn a_fault_in_the_middle_of_completions_leaves_none_behind() {
+    let disk = disk();
+    // Failures are told together.
+    disk.faults.add(Fault::failing(FaultOn::Flush, 5));
+    let image: Arc<dyn Image> = disk.faults.clone();
+    let config = BlkConfig {
+        queues: 1,
+        serial: "serial-1".into(),
+        read_only: false,
+    };
+    let device = VirtioBlk::new("blk-root", LiveDisk::new("root", image), &config).unwrap();
+    let mut bare = Bare::with_used_ring_at(&device, &disk.host.memory(), ALL, 16, 0x7000_0000_0000);
+    for n in 0..5u64 {
+        let mut raw = [0; 16];
+        raw[..4].copy_from_slice(&FLUSH.to_le_bytes());
+        let at = GuestAddress(HEADER + n * 16);
+        disk.host.memory().write_slice(&raw, at).unwrap();
+        bare.rings[0].add(&[Piece::readable(HEADER + n * 16, 16), status(n)]);
+    }
+    bare.run();
+    assert_eq!(bare.stop().len(), 1);
 }
 
 #[test]

@@ -76,26 +76,34 @@ impl BlkWork {
         }
     }
 
+    /// One batch. Whatever breaks in it, the rest is done all the same: what was submitted is
+    /// pushed, or the disk would never end it and a reset would wait for ever; what was completed
+    /// is told to the driver. The first fault counts.
     fn step(&mut self) -> Result<Progress, Fault> {
-        self.reap()?;
-        let progress = if self.accepting {
-            self.accept()?
-        } else {
-            Progress::Wait
+        let reaped = self.reap();
+        let progress = match (&reaped, self.accepting) {
+            (Ok(()), true) => self.accept(),
+            _ => Ok(Progress::Wait),
         };
-        self.disk
+        let pushed = self
+            .disk
             .push()
-            .map_err(|cause| Fault::backend(self.queue.index(), cause))?;
-        self.queue.notify()?;
+            .map_err(|cause| Fault::backend(self.queue.index(), cause));
+        let notified = self.queue.notify();
+        reaped?;
+        let progress = progress?;
+        pushed?;
+        notified?;
         Ok(progress)
     }
 
-    /// Takes what the disk has ended.
+    /// Takes all that the disk has ended.
     fn reap(&mut self) -> Result<(), Fault> {
         let mut ended = std::mem::take(&mut self.ended);
         let reaped = self
             .disk
             .reap(&mut |tag, result| ended.push((tag, result.is_ok())));
+        let mut outcome = reaped.map_err(|cause| Fault::backend(self.queue.index(), cause));
         for (tag, ok) in ended.drain(..) {
             let index = usize::try_from(tag).unwrap_or(usize::MAX);
             if !ok && let Some(Some(slot)) = self.slots.get_mut(index) {
@@ -103,10 +111,10 @@ impl BlkWork {
                 slot.status = Status::Error;
                 slot.steps.clear();
             }
-            self.advance(index)?;
+            outcome = outcome.and(self.advance(index));
         }
         self.ended = ended;
-        reaped.map_err(|cause| Fault::backend(self.queue.index(), cause))
+        outcome
     }
 
     /// Submits the next step of a request, or completes it.
