@@ -560,6 +560,7 @@ fn requests_before_a_broken_one_are_served_and_the_reset_comes_through() {
         // So that its worker waits for the kick.
         assert_eq!(request(&mut driver, FLUSH, 0, &[]), OK);
         driver.lines[0].raised();
+        driver.rings[0].set_used_event(1);
         for n in 0..3 {
             let pieces = [
                 header(&driver, n, IN, n),
