@@ -83,7 +83,8 @@ impl Machine {
             .because_of(|| failed("adding the network interfaces"))?;
         add_own(&mut slots, &config).because_of(|| failed("adding the machine's own devices"))?;
 
-        let entry = load(&config, fds, &disks, &ram).because_of(|| failed("loading the kernel"))?;
+        let entry = load(&config, fds, &disks, &ram)
+            .because_of(|| failed(&format!("loading {}", kernel_of(&config.boot))))?;
         if let Some(first) = vcpus.first() {
             set_entry(first, &entry).because_of(|| failed("setting the entry point"))?;
         }
@@ -275,6 +276,14 @@ fn free_slots(config: &MachineConfig) -> impl Iterator<Item = u8> {
         .chain(config.nics.iter().map(|nic| nic.slot))
         .collect();
     (1..SLOTS).rev().filter(move |slot| !taken.contains(slot))
+}
+
+/// The kernel, as its user knows it.
+fn kernel_of(boot: &BootConfig) -> String {
+    match boot {
+        BootConfig::Kernel { kernel_path, .. } => format!("the kernel {kernel_path}"),
+        BootConfig::Disk { disk, .. } => format!("the kernel on disk '{disk}'"),
+    }
 }
 
 /// Puts the kernel into the guest's memory.
