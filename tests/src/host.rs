@@ -217,10 +217,7 @@ static ENDED: Mutex<String> = Mutex::new(String::new());
 /// The logs of the hosts dropped so far.
 #[must_use]
 pub fn logs_of_ended() -> String {
-    ENDED
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clone()
+    ENDED.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
 /// Removes what the host of a killed test left behind, and returns its logs. Its processes are
@@ -243,7 +240,11 @@ fn logs_in(folder: &Path) -> String {
         ("run/vms", "monitor.log", "monitor of"),
         ("state/vms", "console.log", "console of"),
     ] {
-        for vm in fs::read_dir(folder.join(vms)).into_iter().flatten().flatten() {
+        for vm in fs::read_dir(folder.join(vms))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let name = vm.file_name().to_string_lossy().into_owned();
             logs.push_str(&tail_of(&vm.path().join(file), &format!("{what} {name}")));
         }

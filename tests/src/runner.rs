@@ -117,7 +117,9 @@ fn to_its_end(test: &Test, child: &mut Child) -> Outcome {
             return match status.code() {
                 Some(0) => Ok(()),
                 Some(_) => Err(Failure::new("")),
-                None => Err(Failure::new(format!("the test's process ended by {status}"))),
+                None => Err(Failure::new(format!(
+                    "the test's process ended by {status}"
+                ))),
             };
         }
         if started.elapsed() > LIMIT {
@@ -201,7 +203,11 @@ impl Left {
                         .trim()
                         .to_owned()
                 };
-                lines.push_str(&format!("    {} waits in {}\n", read("comm"), read("wchan")));
+                lines.push_str(&format!(
+                    "    {} waits in {}\n",
+                    read("comm"),
+                    read("wchan")
+                ));
             }
         }
         lines

@@ -39,9 +39,7 @@ pub fn place() -> Place {
     match std::env::var(PLACE).as_deref() {
         Ok("lab") => Place::Lab,
         Ok("host") => Place::Host,
-        _ if rustix::process::geteuid().is_root()
-            && strake_probe::probe().runs_stock_kernels() =>
-        {
+        _ if rustix::process::geteuid().is_root() && strake_probe::probe().runs_stock_kernels() => {
             Place::Host
         }
         _ => Place::Lab,

@@ -38,10 +38,7 @@ fn power_button(name: &str) -> Outcome {
         .get("last_exit")
         .cloned()
         .unwrap_or_default();
-    check!(
-        exit == "guest-power-off",
-        "the last exit is {exit}"
-    );
+    check!(exit == "guest-power-off", "the last exit is {exit}");
     let image = std::fs::read(vm.image(&host)?)?;
     check!(
         image.starts_with(b"last words"),
@@ -91,10 +88,7 @@ fn guest_resets(name: &str) -> Outcome {
         .get("last_exit")
         .cloned()
         .unwrap_or_default();
-    check!(
-        exit == "guest-power-off",
-        "the last exit is {exit}"
-    );
+    check!(exit == "guest-power-off", "the last exit is {exit}");
     Ok(())
 }
 
