@@ -68,11 +68,11 @@ pub fn run(tests: &[Test], words: &[String]) -> usize {
     for name in &failed {
         println!("failed: {name}");
     }
+    println!("in {:.0} s", begun.elapsed().as_secs_f64());
     println!(
-        "{} passed, {} failed ({:.0} s)",
+        "{} passed, {} failed",
         chosen.len() - failed.len(),
-        failed.len(),
-        begun.elapsed().as_secs_f64()
+        failed.len()
     );
     failed.len()
 }

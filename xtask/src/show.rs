@@ -29,7 +29,7 @@ pub fn demo() -> Result<()> {
             .push(("STRAKE_DEMO_COLUMNS".to_owned(), columns));
     }
     let started = Instant::now();
-    let status = command.run()?;
+    let status = whole::run(&command)?;
     eprintln!("({:.0} s after the build)", started.elapsed().as_secs_f64());
     if status == 0 {
         return Ok(());

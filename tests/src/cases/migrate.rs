@@ -111,8 +111,13 @@ fn running_job(host: &Host) -> Outcome<String> {
 fn client_interrupted(name: &str) -> Outcome {
     let mut host = Host::start(name)?;
     let vm = Vm::boot(&mut host, Shape::default())?;
-    let stamps = Stamps::start(vm.guest(), "--rate 50")?;
-    let client = vm.migrate_in_background(&host, "b", &["--rate", "8M"])?;
+    // Enough for some seconds of copying, whatever the machine's speed.
+    vm.guest().sh(
+        "dd if=/dev/urandom of=/dev/vda bs=1M count=32 conv=fsync",
+        Duration::from_secs(60),
+    )?;
+    let stamps = Stamps::start(vm.guest(), "--rate 20")?;
+    let client = vm.migrate_in_background(&host, "b", &["--rate", "4M"])?;
     wait_until(
         "the migration is under way",
         Duration::from_secs(20),
