@@ -1,6 +1,6 @@
 //! Which blocks were written since they were last copied.
 //!
-//! One bit per 64 KiB: 2 MiB per TiB of disk. Two sides use it at the same time, without a lock:
+//! One bit per 16 KiB: 8 MiB per TiB of disk. Two sides use it at the same time, without a lock:
 //!
 //! * whoever *completes* a change marks its blocks, after the change has reached the image and
 //!   before anyone is told;
@@ -18,9 +18,10 @@
 
 use crate::sync::{AtomicU64, Ordering};
 
-/// Bytes per bit. 64 KiB keeps the bitmap of a TiB at 2 MiB and is the size below which a copy
-/// costs hardly less on today's devices.
-pub const BLOCK_BYTES: u64 = 64 * 1024;
+/// Bytes per bit. It keeps the bitmap of a TiB at 8 MiB. Random writes of 4 KiB make four times
+/// less to copy than with 64 KiB, while still smaller blocks would save nothing: below this size a
+/// device is busy with the request and not with its data.
+pub const BLOCK_BYTES: u64 = 16 * 1024;
 
 const WORD_BITS: u64 = 64;
 
@@ -30,6 +31,8 @@ pub struct DirtyBitmap {
     size: u64,
     blocks: u64,
     words: Vec<AtomicU64>,
+    /// How many bits are set. It follows the words, so for a moment it may be off, even below zero.
+    marked: AtomicU64,
 }
 
 /// The words of a bitmap are found by block numbers below `blocks`, so this never fails.
@@ -47,6 +50,7 @@ impl DirtyBitmap {
             size,
             blocks,
             words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            marked: AtomicU64::new(0),
         }
     }
 
@@ -78,7 +82,11 @@ impl DirtyBitmap {
             if let Some(word) = self.words.get(index(word)) {
                 // Always the read-modify-write, even if the bits are set already: only that
                 // orders it against a copier that is just clearing them.
-                word.fetch_or(mask, Ordering::AcqRel);
+                let before = word.fetch_or(mask, Ordering::AcqRel);
+                let new = (mask & !before).count_ones();
+                if new > 0 {
+                    self.marked.fetch_add(u64::from(new), Ordering::AcqRel);
+                }
             }
         }
     }
@@ -87,9 +95,14 @@ impl DirtyBitmap {
     #[must_use]
     pub fn take(&self, block: u64) -> bool {
         let mask = 1u64 << (block % WORD_BITS);
-        self.words
+        let was = self
+            .words
             .get(index(block / WORD_BITS))
-            .is_some_and(|word| word.fetch_and(!mask, Ordering::AcqRel) & mask != 0)
+            .is_some_and(|word| word.fetch_and(!mask, Ordering::AcqRel) & mask != 0);
+        if was {
+            self.marked.fetch_sub(1, Ordering::AcqRel);
+        }
+        was
     }
 
     /// Whether a block's bit is set.
@@ -120,10 +133,9 @@ impl DirtyBitmap {
     /// How many blocks are marked. Exact only while nobody marks.
     #[must_use]
     pub fn marked(&self) -> u64 {
-        self.words
-            .iter()
-            .map(|word| u64::from(word.load(Ordering::Acquire).count_ones()))
-            .sum()
+        let marked = self.marked.load(Ordering::Acquire);
+        // A bit that was cleared before it was counted.
+        if marked > u64::MAX / 2 { 0 } else { marked }
     }
 
     /// How many bytes the marked blocks have at most.

@@ -44,8 +44,8 @@ pub(crate) trait Hold: Send + Sync {
     /// Pauses the vCPUs.
     ///
     /// # Errors
-    /// They do not stop in time; they run on.
-    fn hold(&self) -> Result<()>;
+    /// They do not stop within `limit`; they run on.
+    fn hold(&self, limit: Duration) -> Result<()>;
 
     /// Undoes one `hold`.
     fn release(&self);
@@ -61,9 +61,9 @@ struct Hooks {
 }
 
 impl SwitchHooks for Hooks {
-    fn suspend_vm(&self) -> Result<()> {
+    fn suspend_vm(&self, limit: Duration) -> Result<()> {
         match self.machine.upgrade() {
-            Some(machine) => machine.hold(),
+            Some(machine) => machine.hold(limit),
             None => Err(WrongState {
                 asked: "pause".to_owned(),
                 state: "gone".to_owned(),

@@ -12,8 +12,8 @@
 //! by a vCPU's.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 use strake_api::control::{DiskStatus, Event, RunState, VmStatus};
 use strake_api::job::{JobId, MigrationStatus};
@@ -288,10 +288,27 @@ impl Machine {
 }
 
 impl Hold for Machine {
-    fn hold(&self) -> Result<()> {
-        let mut run = self.lock();
+    fn hold(&self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        // A pause of the daemon's may hold the lock for longer than this one may last.
+        let mut run = loop {
+            match self.run.try_lock() {
+                Ok(run) => break run,
+                Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(wrong_state(
+                        "pause",
+                        "being paused already, which takes long",
+                    ));
+                }
+            }
+        };
         if run.shall_run() {
-            self.vcpus.park()?;
+            let left = end.saturating_duration_since(Instant::now());
+            self.vcpus.park_within(left)?;
         }
         run.holds += 1;
         Ok(())

@@ -114,8 +114,17 @@ impl Vcpus {
     /// # Errors
     /// [`PauseTimeout`]; then they run on.
     pub(crate) fn park(&self) -> Result<()> {
+        self.park_within(PAUSE_LIMIT)
+    }
+
+    /// The same, but waits no longer than `limit`.
+    ///
+    /// # Errors
+    /// As [`park`](Self::park).
+    pub(crate) fn park_within(&self, limit: Duration) -> Result<()> {
         self.crew.change(Want::Park);
-        self.crew.wait_parked().inspect_err(|_| self.let_run())
+        let limit = limit.min(PAUSE_LIMIT);
+        self.crew.wait_parked(limit).inspect_err(|_| self.let_run())
     }
 
     /// Ends all threads.
@@ -176,8 +185,8 @@ impl Crew {
         }
     }
 
-    fn wait_parked(&self) -> Result<()> {
-        let end = Instant::now() + PAUSE_LIMIT;
+    fn wait_parked(&self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
         let mut state = lock(&self.state);
         loop {
             let standing = state.parked + state.gone;
@@ -188,7 +197,7 @@ impl Crew {
             if left.is_zero() {
                 return Err(PauseTimeout {
                     running: self.kickers.len() - standing,
-                    waited_ms: u64::try_from(PAUSE_LIMIT.as_millis()).unwrap_or(u64::MAX),
+                    waited_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
                 }
                 .into());
             }

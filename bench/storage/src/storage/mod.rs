@@ -261,7 +261,7 @@ struct Commit {
 }
 
 impl SwitchHooks for Commit {
-    fn suspend_vm(&self) -> Result<()> {
+    fn suspend_vm(&self, _limit: Duration) -> Result<()> {
         Ok(())
     }
 

@@ -168,12 +168,14 @@ impl Control {
     }
 
     /// True if the caller is to open the gate, and to say [`gate_opened`](Self::gate_opened) then;
-    /// false once it is open.
+    /// false once it is open, and while it has to stay closed: between question and answer nobody
+    /// opens it, be it that the job's thread panics.
     pub(crate) fn begin_opening(&self) -> bool {
         let mut state = lock(&self.state);
         loop {
             match state.gate {
                 Gate::Open => return false,
+                Gate::Closed { .. } if state.asked && state.decision.is_none() => return false,
                 Gate::Closed { .. } => {
                     state.gate = Gate::Opening;
                     return true;
@@ -253,5 +255,70 @@ impl Control {
             Ok((state, _)) => state,
             Err(poisoned) => poisoned.into_inner().0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use strake_api::job::Phase;
+
+    use super::*;
+
+    fn control() -> Control {
+        let status = MigrationStatus {
+            job: JobId("job-1".into()),
+            disk: "root".into(),
+            phase: Phase::Copying,
+            size_bytes: 512,
+            passes: Vec::new(),
+            throughput: 0,
+            expected_pause_ms: None,
+            pause_ms: None,
+            elapsed_ms: 0,
+            failure: None,
+        };
+        Control::new(Arc::new(Event::new().unwrap()), status)
+    }
+
+    fn closed() -> Control {
+        let control = control();
+        let now = Instant::now();
+        control.gate_closed(now, now + Duration::from_secs(60));
+        control
+    }
+
+    #[test]
+    fn between_question_and_answer_nobody_opens_the_gate() {
+        let control = closed();
+        assert!(!control.awaits_decision());
+        control.decide(true);
+        assert_eq!(control.ask(), Ask::Asked);
+        assert!(control.awaits_decision());
+        assert!(!control.cancel());
+        assert!(!control.begin_opening());
+        assert!(control.is_gate_closed() && control.awaits_decision());
+        control.decide(false);
+        assert!(!control.awaits_decision());
+        // The question may be put again, and answered again: the first answer counts.
+        control.decide(true);
+        assert!(!control.decision() && !control.is_committed());
+        assert!(control.begin_opening());
+        control.gate_opened();
+        assert!(!control.begin_opening());
+    }
+
+    #[test]
+    fn the_question_is_not_put_once_the_gate_was_opened_or_the_job_cancelled() {
+        let control = control();
+        assert_eq!(control.ask(), Ask::TooLate);
+        let control = closed();
+        assert!(control.begin_opening());
+        assert_eq!(control.ask(), Ask::TooLate);
+        control.gate_opened();
+        assert_eq!(control.ask(), Ask::TooLate);
+        let control = closed();
+        assert!(control.cancel());
+        assert_eq!(control.ask(), Ask::Cancelled);
+        assert!(!control.awaits_decision());
     }
 }

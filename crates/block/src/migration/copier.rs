@@ -15,11 +15,14 @@ use strake_observe::{Observation, Result};
 use super::pace::Pace;
 use super::plan::{CHUNK_BYTES, Chunk, Fresh, Plan};
 use crate::raw::Aligned;
-use crate::{BLOCK_BYTES, Event, Image, ImageQueue, Operation, Request};
+use crate::{Event, Image, ImageQueue, Operation, Request};
 
 /// Chunks on their way at once, at most. Scattered blocks make small chunks, whose latencies
 /// overlap this way.
 const SLOTS: usize = 16;
+
+/// The unit in which zeroes are told from data. A smaller one would cut a chunk into many requests.
+const ZERO_BYTES: u64 = 64 * 1024;
 
 /// How long one wait lasts at most before the copier looks around again. Completions and
 /// cancellations wake it; this bounds the harm of a wake-up that got lost.
@@ -144,7 +147,7 @@ impl Copier {
                     pending: 0,
                 })
                 .collect(),
-            zeroes: Aligned::new(usize::try_from(BLOCK_BYTES).unwrap_or(0)),
+            zeroes: Aligned::new(usize::try_from(ZERO_BYTES).unwrap_or(0)),
         })
     }
 
@@ -337,9 +340,9 @@ fn write(
     let mut at = 0;
     while at < slot.len {
         let zero = is_zero(slot, at, zeroes);
-        let mut end = (at + BLOCK_BYTES).min(slot.len);
+        let mut end = (at + ZERO_BYTES).min(slot.len);
         while end < slot.len && is_zero(slot, end, zeroes) == zero {
-            end = (end + BLOCK_BYTES).min(slot.len);
+            end = (end + ZERO_BYTES).min(slot.len);
         }
         let offset = slot.offset + at;
         let len = end - at;
@@ -371,7 +374,7 @@ fn write(
 /// there is, optimised build or not.
 fn is_zero(slot: &Slot, at: u64, zeroes: &Aligned) -> bool {
     let from = usize::try_from(at).unwrap_or(0);
-    let to = usize::try_from((at + BLOCK_BYTES).min(slot.len)).unwrap_or(0);
+    let to = usize::try_from((at + ZERO_BYTES).min(slot.len)).unwrap_or(0);
     match (
         slot.memory.bytes().get(from..to),
         zeroes.bytes().get(..to - from),

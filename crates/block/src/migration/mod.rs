@@ -42,6 +42,7 @@ mod plan;
 
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
 use strake_observe::{Because, OsContext, Result};
@@ -58,11 +59,13 @@ use crate::{
 /// one call at a time; none of the calls may wait for the migration itself.
 pub trait SwitchHooks: Send + Sync {
     /// Pauses the vCPUs. Called only with [`Suspend::Vm`](strake_api::job::Suspend::Vm). The disk's
-    /// workers keep running: the requests inside are waited for afterwards.
+    /// workers keep running: the requests inside are waited for afterwards. It takes no longer than
+    /// `limit`: a guest of which some vCPUs stand already is waiting.
     ///
     /// # Errors
-    /// When the VM cannot be paused; the migration then fails and the disk stays on its source.
-    fn suspend_vm(&self) -> Result<()>;
+    /// When the VM cannot be paused in time. It runs on then, the migration fails, and the disk
+    /// stays on its source.
+    fn suspend_vm(&self, limit: Duration) -> Result<()>;
 
     /// Lets the vCPUs run again, after a `suspend_vm` that succeeded, however the switch ended.
     fn resume_vm(&self);

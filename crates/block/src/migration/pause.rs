@@ -26,7 +26,8 @@ use crate::{LiveDisk, SwitchStalled};
 /// which starts nothing more at the deadline, gets so long for what is on its way.
 const GRACE: Duration = Duration::from_millis(20);
 
-/// The least time that requests inside the gate get to end, however short the allowed pause.
+/// The least time that vCPUs get to stand and requests inside the gate to end, however short the
+/// allowed pause.
 const LEAST_DRAIN: Duration = Duration::from_millis(50);
 
 /// How the gate is opened, by whomever.
@@ -84,7 +85,7 @@ impl Pause {
     pub(crate) fn begin(opener: &Opener, allowed: Duration) -> Result<Self> {
         let began = Instant::now();
         if opener.suspend == Suspend::Vm {
-            opener.hooks.suspend_vm()?;
+            opener.hooks.suspend_vm(allowed.max(LEAST_DRAIN))?;
         }
         let control = &opener.control;
         control.update(|status| status.phase = Phase::Suspended);
@@ -104,7 +105,10 @@ impl Pause {
 
     /// False if the requests inside did not end in time.
     pub(crate) fn drained(&self) -> bool {
-        self.opener.disk.drained(self.allowed.max(LEAST_DRAIN))
+        let limit = self.allowed.max(LEAST_DRAIN);
+        self.opener
+            .disk
+            .drained(limit.saturating_sub(self.began.elapsed()))
     }
 
     /// Whether it still lasts.

@@ -39,6 +39,9 @@ use crate::{Access, BadRequest, Event, Image, ImageQueue, NotAnImage, Operation}
 /// How much [`RawImage::read_at`] reads at once.
 const SYNC_PIECE: u64 = 256 * 1024;
 
+/// The shortest allocated range that is told, but for the end of the file.
+const LEAST_RANGE: u64 = 64 * 1024;
+
 /// The zeroes that are written where a file system cannot zero a range.
 const ZERO_BYTES: u64 = 256 * 1024;
 
@@ -211,7 +214,7 @@ impl RawFile {
             Err(_) => self.size,
         };
         // A file that changes between the two calls can give an empty range: take it as one block.
-        let end = end.max(start.saturating_add(crate::BLOCK_BYTES).min(self.size));
+        let end = end.max(start.saturating_add(LEAST_RANGE).min(self.size));
         Ok(Some(start.max(from)..end))
     }
 }

@@ -483,7 +483,8 @@ impl Hooks {
 }
 
 impl SwitchHooks for Hooks {
-    fn suspend_vm(&self) -> Result<()> {
+    fn suspend_vm(&self, limit: Duration) -> Result<()> {
+        assert!(limit <= Duration::from_secs(60), "{limit:?}");
         if self.refuse_suspend.load(Ordering::Relaxed) {
             return Err(strake_block::NoUring {
                 reason: "a vCPU does not stop (for this test)".into(),
