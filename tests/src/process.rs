@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::thread::{self, JoinHandle};
@@ -242,15 +243,18 @@ fn show(command: &Command) -> String {
 /// # Errors
 /// If the system has no terminal left.
 pub fn terminal(columns: u16) -> Outcome<(OwnedFd, OwnedFd)> {
+    use rustix::fs::OFlags;
     use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     let failed = |error: rustix::io::Errno| Failure::from(std::io::Error::from(error));
     let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).map_err(failed)?;
     grantpt(&ours).map_err(failed)?;
     unlockpt(&ours).map_err(failed)?;
     let name = ptsname(&ours, Vec::new()).map_err(failed)?;
+    // It must not become our own terminal, whose end would end us.
     let theirs = std::fs::File::options()
         .read(true)
         .write(true)
+        .custom_flags(OFlags::NOCTTY.bits().cast_signed())
         .open(name.to_string_lossy().as_ref())?;
     let size = rustix::termios::Winsize {
         ws_row: 24,
