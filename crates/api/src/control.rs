@@ -80,6 +80,10 @@ pub enum Request {
     PowerButton,
     /// Stops the guest at once, flushes the disks, and exits.
     Stop,
+    /// Ends a monitor that has said [`RunState::Exited`]: the daemon has taken note of why, for good.
+    /// Without it a monitor whose guest ended by itself stays, and tells each new daemon again; after
+    /// an hour it ends nevertheless. Refused while the guest lives.
+    Dismiss,
     /// Attaches a stream socket to the consoles: output of both from now on, input for the one that
     /// [`MachineConfig::console`] names at any time.
     /// Several may be attached; one that does not read loses output, never blocks the guest.
@@ -174,7 +178,8 @@ pub enum RunState {
     Running,
     /// The vCPUs are paused.
     Paused,
-    /// The guest shut down or asked for power off; the monitor is about to exit.
+    /// The guest does not run any more and all is at rest. The monitor exits once it has been told
+    /// [`Request::Dismiss`], or at once if the daemon asked for the end.
     Exited(ExitReason),
 }
 
@@ -202,8 +207,8 @@ pub struct VmStatus {
     pub uptime_ms: u64,
     /// Its disks.
     pub disks: Vec<DiskStatus>,
-    /// The jobs of this process: those that go on, and the last ones that ended, these without
-    /// their passes ([`Request::JobStatus`] has them).
+    /// The jobs of this process: those that go on, and the last eight that ended, all without
+    /// their passes ([`Request::JobStatus`] has them, and knows older jobs too).
     pub jobs: Vec<MigrationStatus>,
 }
 

@@ -18,6 +18,10 @@ use strake_observe::Result;
 use crate::Mailbox;
 use crate::observations::{JobExists, NoSuchDisk, NoSuchJob, WrongState};
 
+/// How many ended jobs a status tells of. A daemon that comes back and misses one asks for it by
+/// name.
+const ENDED_TOLD: usize = 8;
+
 /// How long the end of a machine waits for a cancelled job. It ends within 100 ms on a healthy
 /// device; on another one the source counts all the same.
 const CANCEL_LIMIT: Duration = Duration::from_secs(2);
@@ -129,11 +133,15 @@ impl Jobs {
         Ok(())
     }
 
+    /// How all of them are, as far as a status tells: without passes, and of those that ended the
+    /// last [`ENDED_TOLD`] only.
     pub(crate) fn statuses(&self) -> Vec<MigrationStatus> {
-        self.lock()
+        let all: Vec<_> = self
+            .lock()
             .iter()
             .map(|(_, migration)| migration.status())
-            .collect()
+            .collect();
+        told(all)
     }
 
     pub(crate) fn status(&self, job: &JobId) -> Result<MigrationStatus> {
@@ -189,5 +197,59 @@ impl Jobs {
 
     fn lock(&self) -> MutexGuard<'_, Vec<(JobId, Arc<Migration>)>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn told(mut all: Vec<MigrationStatus>) -> Vec<MigrationStatus> {
+    let ended = all.iter().filter(|job| job.phase.is_final()).count();
+    let mut old = ended.saturating_sub(ENDED_TOLD);
+    all.retain_mut(|job| {
+        job.passes.clear();
+        let left_out = old > 0 && job.phase.is_final();
+        old -= usize::from(left_out);
+        !left_out
+    });
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use strake_api::control::{Body, MAX_PACKET, Packet, Reply, RunState, VmStatus};
+    use strake_api::job::{PassReport, Phase};
+
+    use super::*;
+
+    #[test]
+    fn a_status_tells_of_what_goes_on_and_of_the_last_that_ended_and_stays_small() {
+        let job = |number: usize, phase| MigrationStatus {
+            job: JobId(format!("j{number}")),
+            disk: "root".into(),
+            phase,
+            size_bytes: u64::MAX,
+            passes: vec![PassReport::default(); 1000],
+            throughput: u64::MAX,
+            expected_pause_ms: Some(0.1),
+            pause_ms: Some(0.1),
+            elapsed_ms: u64::MAX,
+            failure: None,
+        };
+        let mut all: Vec<_> = (0..500).map(|n| job(n, Phase::Completed)).collect();
+        all[3] = job(3, Phase::AwaitingCommit);
+        all.push(job(500, Phase::Copying));
+        let jobs = told(all);
+        let names: Vec<_> = jobs.iter().map(|job| job.job.0.as_str()).collect();
+        let expected = [
+            "j3", "j492", "j493", "j494", "j495", "j496", "j497", "j498", "j499", "j500",
+        ];
+        assert_eq!(names, expected);
+        let status = VmStatus {
+            state: RunState::Running,
+            uptime_ms: 0,
+            disks: Vec::new(),
+            jobs,
+        };
+        let body = Body::Reply(Reply::Status(status));
+        let wire = serde_json::to_vec(&Packet { id: 0, body }).unwrap();
+        assert!(wire.len() < MAX_PACKET / 8, "{}", wire.len());
     }
 }

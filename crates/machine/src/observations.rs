@@ -128,6 +128,14 @@ strake_observe::catalog! {
     text "{count} observations were dropped because no daemon fetched them";
     remedy "keep the daemon running; later observations are complete";
 
+    /// A tree of causes was too large to be told as a whole.
+    CausesCut("machine.causes-cut") {
+        /// How many observations are not told.
+        count: usize,
+    }
+    text "{count} more observations below this one were too many to be told";
+    remedy "what is told names the failure; the monitor's log may have the rest";
+
     /// The control socket does not work.
     ControlFailed("machine.control-failed") {
         /// What was being done.

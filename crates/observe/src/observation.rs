@@ -111,6 +111,18 @@ impl<K: Kind> From<K> for Observation {
 }
 
 impl Observation {
+    /// Its content, to be changed by whoever passes it on in part.
+    #[must_use]
+    pub fn into_record(self) -> Record {
+        *self.0
+    }
+
+    /// An observation with this content.
+    #[must_use]
+    pub fn from_record(record: Record) -> Self {
+        Self(Box::new(record))
+    }
+
     /// The stable identifier of its kind.
     #[must_use]
     pub fn id(&self) -> &str {

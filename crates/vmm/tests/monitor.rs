@@ -175,7 +175,16 @@ impl Monitor {
         }
     }
 
+    /// Why it ended; a daemon that did not ask for the end says that it knows.
     fn exited(&mut self) -> ExitReason {
+        let reason = self.heard_end();
+        if reason != ExitReason::Stopped {
+            assert_eq!(self.ask(Request::Dismiss, &[]), Reply::Done);
+        }
+        reason
+    }
+
+    fn heard_end(&mut self) -> ExitReason {
         loop {
             while !self.events.is_empty() {
                 if let Event::State(RunState::Exited(reason)) = self.events.remove(0) {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use strake_api::control::{Event, ExitReason, RunState};
+use strake_api::control::{Event, ExitReason, Request, RunState};
 use strake_api::rest::VmState;
 use strake_observe::{Because, Observation, OsContext, Result};
 
@@ -19,7 +19,7 @@ use super::live::{Cell, Monitor};
 use super::{Host, note, now_ms};
 use crate::config::show;
 use crate::inventory::StoredState;
-use crate::monitor::connection::{Connection, Incoming};
+use crate::monitor::connection::{Connection, Incoming, QUICK};
 use crate::monitor::spawn;
 use crate::observations::{
     MonitorDied, MonitorKilled, MonitorSaid, MonitorUnreachable, StartFailed,
@@ -125,6 +125,7 @@ impl Supervisor {
             RunState::Exited(reason) => {
                 tracing::info!(vm = %self.cell.name, ?reason, "the guest ended");
                 self.exit = Some(reason);
+                self.dismiss();
                 return;
             }
             RunState::Unconfigured | RunState::Built => return,
@@ -134,6 +135,15 @@ impl Supervisor {
                 live.state = shown;
             }
         });
+    }
+
+    /// Lets a monitor go whose guest has ended. One that ended because this daemon asked for it may
+    /// be gone already.
+    fn dismiss(&self) {
+        let connection = self.monitor.connection();
+        if let Err(seen) = connection.call("dismiss", Request::Dismiss, &[], QUICK) {
+            tracing::debug!(vm = %self.cell.name, %seen, "a monitor was not dismissed");
+        }
     }
 
     fn observed(&mut self, seen: Observation) {

@@ -184,6 +184,7 @@ impl Driver {
                 self.event(packet)?;
             }
             if let Some(reason) = self.ended.take() {
+                self.ask(Request::Dismiss, &[])?;
                 return Ok(reason);
             }
             let mut chunk = [0; 4096];

@@ -40,6 +40,7 @@ impl Server {
             }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Stop => self.mailbox.exit(ExitReason::Stopped),
+            Request::Dismiss => self.dismiss()?,
             Request::Start => self.live("start")?.start()?,
             Request::Pause => self.live("pause")?.pause()?,
             Request::Resume => self.live("resume")?.resume()?,
@@ -121,7 +122,7 @@ impl Server {
         self.machine.as_ref().ok_or_else(|| self.wrong_state(asked))
     }
 
-    fn wrong_state(&self, asked: &str) -> Observation {
+    pub(super) fn wrong_state(&self, asked: &str) -> Observation {
         let state = match self.run_state() {
             RunState::Unconfigured => "not configured",
             RunState::Built => "built, not started",

@@ -4,8 +4,12 @@
 //!   wait ─▶ accept ─▶ one request ─▶ reply ─▶ events ─┐
 //!    ▲                                                │
 //!    └────────────────────────────────────────────────┘
-//!                 guest ended ─▶ machine at rest ─▶ daemon told ─▶ done
+//!                 guest ended ─▶ machine at rest ─▶ daemon knows ─▶ done
 //! ```
+//!
+//! A guest that ends by itself does so while nobody waits for it, and what has been sent need not
+//! have been read: the monitor stays until a daemon has dismissed it ([`Request::Dismiss`]), and
+//! tells each new one again. Where the daemon itself asked for the end, the news on its way will do.
 //!
 //! It is the process's main thread and owns the machine. Everything that other threads have to say
 //! comes through the [`Mailbox`]. It waits only in `poll`, and for bounded times in requests that
@@ -18,6 +22,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, accept_with};
+#[cfg(doc)]
+use strake_api::control::Request;
 use strake_api::control::{Event, ExitReason, Reply, RunState};
 use strake_observe::{Because, OsContext, Result};
 
@@ -55,6 +61,10 @@ pub struct Server {
     pub(super) machine: Option<Arc<Machine>>,
     session: Option<Session>,
     end: End,
+    /// A daemon knows of the end and needs this process no more.
+    dismissed: bool,
+    /// The process was asked to end by a signal: it waits for no daemon.
+    terminated: bool,
     /// Since when there is neither machine nor daemon.
     idle_since: Instant,
 }
@@ -88,6 +98,8 @@ impl Server {
             machine: None,
             session: None,
             end: End::NotYet,
+            dismissed: false,
+            terminated: false,
             idle_since: Instant::now(),
         }
     }
@@ -109,6 +121,7 @@ impl Server {
             }
             if awake.terminate {
                 self.config.terminate = None;
+                self.terminated = true;
                 self.mailbox.exit(ExitReason::Stopped);
             }
             self.mailbox.take_recorded(None);
@@ -131,7 +144,7 @@ impl Server {
         });
         let session = self.session.as_ref().map(|session| {
             let mut flags = PollFlags::IN;
-            if session.has_backlog() {
+            if session.waits() {
                 flags |= PollFlags::OUT;
             }
             fds.push(PollFd::from_borrowed_fd(
@@ -234,9 +247,14 @@ impl Server {
         self.session.as_ref().is_some_and(|session| session.greeted)
     }
 
-    /// Asks a daemon that has just come what its predecessor did not answer.
+    /// Asks a daemon that has just come what its predecessor did not answer, and tells it of the
+    /// end: its predecessor may have died over the news.
     fn repeat_questions(&self) {
         self.mailbox.forget_pending_commits();
+        if let End::Telling { reason, .. } = &self.end {
+            self.mailbox
+                .post(Event::State(RunState::Exited(reason.clone())));
+        }
         let Some(machine) = &self.machine else {
             return;
         };
@@ -310,11 +328,23 @@ impl Server {
                 let told = self
                     .session
                     .as_ref()
-                    .is_some_and(|session| session.greeted && !session.has_backlog())
+                    .is_some_and(|session| session.greeted && !session.waits())
                     && self.mailbox.is_empty();
-                let nobody = self.machine.is_none();
-                (told || nobody || since.elapsed() >= LINGER_LIMIT).then(|| reason.clone())
+                let known = self.dismissed || told && *reason == ExitReason::Stopped;
+                let nobody = self.machine.is_none() || self.terminated;
+                (known || nobody || since.elapsed() >= LINGER_LIMIT).then(|| reason.clone())
             }
+        }
+    }
+
+    /// A daemon says that it knows of the end.
+    pub(super) fn dismiss(&mut self) -> Result<()> {
+        match &self.end {
+            End::Telling { .. } => {
+                self.dismissed = true;
+                Ok(())
+            }
+            End::NotYet | End::Deciding { .. } => Err(self.wrong_state("dismiss the monitor")),
         }
     }
 

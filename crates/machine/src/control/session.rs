@@ -1,23 +1,31 @@
 //! One connection with a daemon.
+//!
+//! Replies wait here for a daemon that reads slowly and go with the connection: nobody else asked.
+//! Events belong to the mailbox until they are on their way, so that the next daemon hears what
+//! this one was not told.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use strake_api::control::{Body, Event, Packet, Reply};
 use strake_api::job::JobId;
-use strake_observe::Result;
+use strake_observe::{Result, State, recorder};
 
 use super::wire::{Connection, Received, Sent};
 use crate::Mailbox;
+use crate::observations::BadPacket;
 
-/// How many packets wait for a daemon that reads slowly before its connection is given up.
+/// How many replies wait for a daemon that reads slowly before its connection is given up.
 const BACKLOG_MAX: usize = 256;
 
 /// A connection and what waits to be sent over it.
 #[derive(Debug)]
 pub(super) struct Session {
     connection: Arc<Connection>,
+    /// Replies.
     backlog: VecDeque<Packet>,
+    /// Whether an event waits in the mailbox for the daemon to read.
+    full: bool,
     /// Whether the daemon said hello: events come only afterwards.
     pub(super) greeted: bool,
     /// The jobs whose commit this daemon was asked for. A question is posted by its job and
@@ -37,6 +45,7 @@ impl Session {
         Self {
             connection,
             backlog: VecDeque::new(),
+            full: false,
             greeted: false,
             asked: BTreeSet::new(),
         }
@@ -50,9 +59,9 @@ impl Session {
         self.connection.receive()
     }
 
-    /// Whether something waits to be sent.
-    pub(super) fn has_backlog(&self) -> bool {
-        !self.backlog.is_empty()
+    /// Whether something waits until the daemon reads.
+    pub(super) fn waits(&self) -> bool {
+        self.full || !self.backlog.is_empty()
     }
 
     pub(super) fn reply(&mut self, id: u64, reply: Reply) -> Life {
@@ -68,42 +77,51 @@ impl Session {
         if self.flush() == Life::Over {
             return Life::Over;
         }
+        self.full = false;
         while self.greeted && self.backlog.is_empty() {
             let Some(event) = mailbox.take() else {
                 break;
             };
-            if let Event::JobAwaitsCommit { job } = &event
-                && !self.asked.insert(job.clone())
-            {
+            if self.was_asked(&event) {
                 continue;
             }
             match self.connection.send_event(&event) {
-                Ok(Sent::Done) => {}
+                Ok(Sent::Done) => self.note_asked(event),
                 Ok(Sent::Full) => {
-                    self.push_event(event);
+                    mailbox.put_back(event);
+                    self.full = true;
                     break;
                 }
                 Ok(Sent::Closed) => {
                     mailbox.put_back(event);
                     return Life::Over;
                 }
-                // Too long for a packet: it stays in this process's recorder.
+                // It cannot be said at all. It stays in this process's recorder.
+                Err(seen) if seen.is::<BadPacket>() => {
+                    recorder().record(seen, State::Open);
+                }
                 Err(seen) => {
-                    strake_observe::recorder().record(seen, strake_observe::State::Open);
+                    // The socket does not work; the next one may.
+                    recorder().record(seen, State::Open);
+                    mailbox.put_back(event);
+                    return Life::Over;
                 }
             }
         }
         Life::GoesOn
     }
 
-    fn push_event(&mut self, event: Event) {
-        self.backlog.push_back(Packet {
-            id: 0,
-            body: Body::Event(event),
-        });
+    fn was_asked(&self, event: &Event) -> bool {
+        matches!(event, Event::JobAwaitsCommit { job } if self.asked.contains(job))
     }
 
-    /// Sends what waits, as far as the daemon takes it.
+    fn note_asked(&mut self, event: Event) {
+        if let Event::JobAwaitsCommit { job } = event {
+            self.asked.insert(job);
+        }
+    }
+
+    /// Sends the replies that wait, as far as the daemon takes them.
     pub(super) fn flush(&mut self) -> Life {
         while let Some(packet) = self.backlog.front() {
             match self.connection.send(packet) {

@@ -16,6 +16,7 @@ use rustix::net::{
 use strake_api::control::{Body, Event, MAX_FDS, MAX_PACKET, Packet};
 use strake_observe::{Because, Observation, OsContext, Result};
 
+use super::fit;
 use crate::Descriptors;
 use crate::observations::{BadPacket, ControlFailed};
 
@@ -105,10 +106,10 @@ impl Connection {
         }
     }
 
-    /// Sends one packet, without waiting.
+    /// Sends one packet, without waiting. What is too large is cut until it fits.
     ///
     /// # Errors
-    /// If it is too long or the socket itself does not work.
+    /// If it is too long even so, or the socket itself does not work.
     pub fn send(&self, packet: &Packet) -> Result<Sent> {
         self.send_with(packet, &[])
     }
@@ -118,10 +119,7 @@ impl Connection {
     /// # Errors
     /// As [`Connection::send`].
     pub fn send_with(&self, packet: &Packet, fds: &[BorrowedFd<'_>]) -> Result<Sent> {
-        let bytes = serde_json::to_vec(packet).map_err(|error| bad(error.to_string()))?;
-        if bytes.len() > MAX_PACKET {
-            return Err(bad(format!("it exceeds {MAX_PACKET} bytes")));
-        }
+        let bytes = fit::encode(packet)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !fds.is_empty() && !ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(fds)) {
@@ -171,7 +169,7 @@ fn damaged(bytes: &[u8], reason: String) -> Received {
     Received::Damaged(id, bad(reason))
 }
 
-fn bad(reason: String) -> Observation {
+pub(super) fn bad(reason: String) -> Observation {
     BadPacket { reason }.into()
 }
 

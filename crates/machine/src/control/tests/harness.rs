@@ -31,6 +31,7 @@ pub(super) struct Monitor {
     pub(super) directory: tempfile::TempDir,
     pub(super) mailbox: Arc<Mailbox>,
     thread: Option<JoinHandle<Result<ExitReason>>>,
+    signals: std::io::PipeWriter,
 }
 
 /// A daemon's connection.
@@ -48,9 +49,10 @@ impl Monitor {
         bind(&socket, &address).unwrap();
         listen(&socket, 8).unwrap();
         let mailbox = Mailbox::new().unwrap();
+        let (terminate, signals) = std::io::pipe().unwrap();
         let config = ServerConfig {
             listener: socket,
-            terminate: None,
+            terminate: Some(terminate.into()),
             version: "test".to_owned(),
         };
         let mut server = Server::new(config, Arc::clone(&mailbox));
@@ -59,6 +61,7 @@ impl Monitor {
             directory,
             mailbox,
             thread: Some(thread),
+            signals,
         }
     }
 
@@ -82,6 +85,16 @@ impl Monitor {
         });
         assert!(matches!(hello, Reply::Hello { .. }), "{hello:?}");
         daemon
+    }
+
+    /// As SIGTERM does.
+    pub(super) fn terminate(&mut self) {
+        self.signals.write_all(b"t").unwrap();
+    }
+
+    /// Whether its server has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_some_and(JoinHandle::is_finished)
     }
 
     /// Waits for its end.

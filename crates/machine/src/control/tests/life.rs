@@ -24,7 +24,16 @@ fn configured(kernel: &[u8], cpus: u8) -> Option<(Monitor, Daemon)> {
     Some((monitor, daemon))
 }
 
+/// Why it ended; a daemon that did not ask for the end says that it knows.
 fn exited(daemon: &mut Daemon) -> ExitReason {
+    let reason = heard_end(daemon);
+    if reason != ExitReason::Stopped {
+        daemon.done(Request::Dismiss);
+    }
+    reason
+}
+
+fn heard_end(daemon: &mut Daemon) -> ExitReason {
     match daemon.event(|event| matches!(event, Event::State(RunState::Exited(_)))) {
         Event::State(RunState::Exited(reason)) => reason,
         other => panic!("{other:?}"),
@@ -143,6 +152,58 @@ fn the_end_of_a_guest_waits_for_a_daemon() {
     let mut daemon = monitor.daemon();
     assert_eq!(exited(&mut daemon), ExitReason::GuestPowerOff);
     monitor.join();
+}
+
+/// A daemon that dies over the news has not taken note of it.
+#[test]
+fn the_end_of_a_guest_is_told_until_a_daemon_has_taken_note() {
+    let kernel = elf(&[say("bye\n"), reset()]);
+    let Some((monitor, mut daemon)) = configured(&kernel, 1) else {
+        return;
+    };
+    assert!(matches!(daemon.ask(Request::Dismiss), Reply::Failed(_)));
+    daemon.done(Request::Start);
+    for _ in 0..3 {
+        assert_eq!(heard_end(&mut daemon), ExitReason::GuestReset);
+        drop(daemon);
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!monitor.has_ended());
+        daemon = monitor.daemon();
+    }
+    assert_eq!(state(&mut daemon), RunState::Exited(ExitReason::GuestReset));
+    assert_eq!(exited(&mut daemon), ExitReason::GuestReset);
+    assert_eq!(monitor.join(), ExitReason::GuestReset);
+}
+
+#[test]
+fn a_signal_ends_a_monitor_that_nobody_dismisses() {
+    let kernel = elf(&[say("bye\n"), power_off()]);
+    for heard in [false, true] {
+        let Some((mut monitor, mut daemon)) = configured(&kernel, 1) else {
+            return;
+        };
+        daemon.done(Request::Start);
+        if heard {
+            heard_end(&mut daemon);
+        }
+        drop(daemon);
+        monitor.wait_for_console("bye");
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(!monitor.has_ended());
+        monitor.terminate();
+        assert_eq!(monitor.join(), ExitReason::GuestPowerOff);
+    }
+}
+
+#[test]
+fn a_signal_ends_a_guest_that_runs_without_daemon() {
+    let Some((mut monitor, mut daemon)) = configured(&elf(&[chatter()]), 1) else {
+        return;
+    };
+    daemon.done(Request::Start);
+    drop(daemon);
+    monitor.terminate();
+    assert_eq!(monitor.join(), ExitReason::Stopped);
 }
 
 #[test]

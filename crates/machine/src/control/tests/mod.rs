@@ -1,6 +1,7 @@
 //! The control server in this process, with real sockets and, where `/dev/kvm` can be used, real
 //! guests of a few bytes.
 
+mod fit;
 mod guests;
 mod harness;
 mod life;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use strake_api::control::{Event, PROTOCOL_VERSION, Reply, Request, RunState};
+use strake_api::control::{Body, Event, PROTOCOL_VERSION, Reply, Request, RunState};
 use strake_api::job::JobId;
 use strake_observe::{Kind, Observation};
 
@@ -125,6 +125,38 @@ fn observations_wait_for_a_daemon() {
     let mut daemon = monitor.daemon();
     let event = daemon.event(|event| matches!(event, Event::Observed(_)));
     assert!(observed(&event).text().contains("second"));
+}
+
+/// What was on its way to a daemon that went is its own; all else the next one hears, each once.
+#[test]
+fn events_that_a_slow_daemon_did_not_take_are_told_to_the_next() {
+    let monitor = Monitor::start();
+    let first = monitor.daemon();
+    let long = "x".repeat(2000);
+    for number in 0..1000 {
+        monitor.mailbox.observe(note(&format!("{number} {long}")));
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let mut second = monitor.daemon();
+    let mut heard = Vec::new();
+    while let Some(packet) = first.receive() {
+        let Body::Event(event) = packet.body else {
+            panic!("{packet:?}");
+        };
+        heard.push(event);
+    }
+    assert!((10..990).contains(&heard.len()), "{}", heard.len());
+    while heard.len() < 1000 {
+        heard.push(second.event(|_| true));
+    }
+    for (number, event) in heard.iter().enumerate() {
+        let seen = observed(event);
+        let asked = seen.datum("asked").unwrap().as_str().unwrap();
+        assert!(
+            asked.starts_with(&format!("{number} ")),
+            "{number}: {asked:.9}"
+        );
+    }
 }
 
 #[test]
