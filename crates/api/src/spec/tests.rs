@@ -59,6 +59,22 @@ fn a_full_spec_survives_toml_and_json() {
     spec.validate().unwrap();
 }
 
+/// What the documents show is what a reader will paste.
+#[test]
+fn the_specs_of_the_documents_are_good_ones() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let mut seen = 0;
+    for file in ["README.md", "docs/src/cli.md"] {
+        let text = std::fs::read_to_string(root.join(file)).unwrap();
+        for block in text.split("```toml\n").skip(1) {
+            let spec = block.split("```").next().unwrap();
+            VmSpec::from_toml(spec, file).unwrap();
+            seen += 1;
+        }
+    }
+    assert!(seen > 0);
+}
+
 #[test]
 fn the_console_is_serial_unless_said_otherwise() {
     let console = |text: &str| VmSpec::from_toml(text, "web1.toml").unwrap().console;
