@@ -23,8 +23,8 @@ use crate::failure::{Failure, Outcome, While};
 use crate::process::signal_pid;
 use crate::{host, place};
 
-/// How long one test may take. The longest takes a third of it in the lab on an idle machine.
-const LIMIT: Duration = Duration::from_secs(300);
+/// How long one test may take. The longest takes a quarter of it in the lab on an idle machine.
+const LIMIT: Duration = Duration::from_secs(600);
 
 /// How long the kernel may take to end what a test left behind.
 const ENDS_WITHIN: Duration = Duration::from_secs(10);

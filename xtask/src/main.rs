@@ -58,8 +58,8 @@ struct TestArguments {
 
 #[derive(Debug, clap::Args)]
 struct SystemArguments {
-    /// Seconds that all of them together may take.
-    #[arg(long, default_value_t = 1200)]
+    /// Seconds that all of them together may take: three times what they need on an idle machine.
+    #[arg(long, default_value_t = 2700)]
     timeout: u64,
     /// Parts of the tests' names.
     words: Vec<String>,

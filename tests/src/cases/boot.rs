@@ -131,7 +131,7 @@ fn boots_debian(name: &str) -> Outcome {
         },
     );
     vm.boot_with(format!(
-        "from = \"disk\"\ncmdline = \"console=ttyS0 strake.ip={}/24\"\n",
+        "from = \"disk\"\ncmdline = \"console=ttyS0 quiet systemd.show_status=no strake.ip={}/24\"\n",
         vm.guest().address
     ));
     vm.create(&host)?;
