@@ -269,6 +269,25 @@ mod tests {
         assert_eq!(get(&entries, 0x8000_001e, 0), [2, 2, 0, 0]);
     }
 
+    /// KVM itself follows the guest's XCR0 in it. That takes each entry once, with its own index.
+    #[test]
+    fn the_extended_state_is_what_kvm_offers() {
+        let offered = [
+            (0, [0x207, 0xa88, 0xa88, 0]),
+            (1, [5, 0x3c8, 0, 0]),
+            (2, [0x100, 0x240, 0, 0]),
+            (9, [8, 0xa80, 0, 0]),
+        ];
+        let mut supported = host(b"GenuineIntel");
+        supported.extend(offered.map(|(index, registers)| leaf(0xd, index, registers)));
+        for vcpu in 0..4 {
+            let entries = guest_cpuid(&supported, vcpu, 4);
+            for (index, registers) in offered {
+                assert_eq!(get(&entries, 0xd, index), registers);
+            }
+        }
+    }
+
     #[test]
     fn a_host_without_extended_leaves_gets_none() {
         let supported = [named(b"GenuineIntel", 4), leaf(1, 0, [0; 4])];
