@@ -178,6 +178,7 @@ impl Driver {
         console.set_nonblocking(true).os("FIONBIO", "the console")?;
         let mut paused = Instant::now();
         let mut pressed = false;
+        let mut types = options.types.as_ref();
         let mut said = Vec::new();
         loop {
             if let Some(packet) = self.packet(Duration::from_millis(20))? {
@@ -199,10 +200,10 @@ impl Driver {
                 said.drain(..at + 7);
                 self.migrate(options, path)?;
             }
-            if let Some(text) = &options.types
-                && let Some(at) = find(&said, b"TYPE")
+            if let Some(text) = types
+                && find(&said, b"help").is_some()
             {
-                said.drain(..at + 4);
+                types = None;
                 let line = format!("{text}\n");
                 console
                     .write_all(line.as_bytes())

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! With `--migrate-to` the first disk is migrated to a new file, again and again, each time that
-//! the guest says `MIGRATE` on its console; `--type` is typed once when the guest says `TYPE`.
+//! the guest says `MIGRATE` on its console; `--type` is typed once, when a shell of the guest offers its `help`.
 #![allow(unsafe_code)] // Opens a tap device, hands a descriptor to a child.
 
 mod driven;
