@@ -1,5 +1,6 @@
 //! Guests boot and find their devices.
 
+use std::process::Command;
 use std::time::Duration;
 
 use crate::check;
@@ -7,9 +8,9 @@ use crate::failure::{Failure, Outcome};
 use crate::guest::Guest;
 use crate::host::Host;
 use crate::place;
-use crate::process;
+use crate::process::{self, Running};
 use crate::runner::Test;
-use crate::vm::{Shape, Vm};
+use crate::vm::{BOOT, Shape, Vm};
 
 pub(super) const TESTS: &[Test] = &[
     Test {
@@ -19,6 +20,10 @@ pub(super) const TESTS: &[Test] = &[
     Test {
         name: "boots-with-4-vcpus",
         run: boots_with_4,
+    },
+    Test {
+        name: "virtio-console-works",
+        run: virtio_console_works,
     },
     Test {
         name: "boots-debian-from-its-own-disk",
@@ -111,6 +116,49 @@ fn disk_works(guest: Guest) -> Outcome {
         QUICK,
     )?;
     check!(rest == "0", "{rest} bytes were left after a discard");
+    Ok(())
+}
+
+/// Both consoles speak to the log; what is typed goes to the one that the spec names.
+fn virtio_console_works(name: &str) -> Outcome {
+    let mut host = Host::start(name)?;
+    let shape = Shape {
+        disk: "",
+        nic: false,
+        ..Shape::default()
+    };
+    let mut vm = Vm::new("vm", 1, shape);
+    vm.boot_with(format!(
+        "from = \"kernel\"\nkernel = \"{}\"\ninitrd = \"{}\"\n\
+         cmdline = \"console=ttyS0 console=hvc0 quiet panic=-1\"\n",
+        place::kernel(),
+        place::initrd()
+    ));
+    let file = host.folder().join("vm.toml");
+    std::fs::write(&file, format!("console = \"virtio\"\n{}", vm.spec()))?;
+    host.strake(&["create", "vm", "-f", &file.display().to_string()])?
+        .good()?;
+    vm.start(&mut host)?;
+    // The shell runs on the last console that the command line names.
+    vm.wait_for_console(&host, "Enter 'help'", BOOT)?;
+    let mut terminal = Command::new("sh");
+    terminal.args([
+        "-c",
+        "echo 'echo typed-$((40+2)) on $(tty); echo serial-$((40+3)) >/dev/ttyS0' \
+         | strake console vm",
+    ]);
+    for (key, value) in host.command().get_envs() {
+        terminal.env(key, value.unwrap_or_default());
+    }
+    let terminal = Running::start(&mut terminal)?;
+    vm.wait_for_console(&host, "typed-42 on /dev/hvc0", QUICK)?;
+    vm.wait_for_console(&host, "serial-43", QUICK)?;
+    vm.shut_down(&host)?;
+    let said = terminal.wait(QUICK)?.good()?;
+    check!(
+        said.contains("typed-42") && said.contains("serial-43"),
+        "the terminal lacks what the consoles said: {said}"
+    );
     Ok(())
 }
 
