@@ -6,6 +6,7 @@
 
 mod observations;
 mod report;
+mod signals;
 mod storage;
 
 use std::io::IsTerminal;
@@ -25,7 +26,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// Live migration of a disk: our `dirty` method and QEMU's background mirror.
+    /// Live migration of a disk: our `dirty` method and QEMU's mirror.
     Storage {
         /// A smaller disk and fewer runs: under eight minutes.
         #[arg(long)]
@@ -36,6 +37,9 @@ enum Bench {
         /// Runs of each side at each load, instead of the usual number.
         #[arg(long)]
         rounds: Option<u32>,
+        /// Only this load (idle, 1000, 4000, 16000 or max).
+        #[arg(long)]
+        load: Option<String>,
         /// The disk's size in MiB, instead of the usual one.
         #[arg(long)]
         size_mib: Option<u64>,
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
             quick,
             dir,
             rounds,
+            load,
             size_mib,
         } => {
             let mut settings = storage::Settings::new(if quick {
@@ -57,6 +62,7 @@ fn main() -> ExitCode {
                 storage::Extent::Full
             });
             settings.dir = dir;
+            settings.load = load;
             settings.rounds = rounds.unwrap_or(settings.rounds).max(1);
             settings.size = size_mib.map_or(settings.size, |mib| mib.max(16) << 20);
             storage::run(&settings)

@@ -20,6 +20,10 @@ pub(crate) struct Row {
     pub(crate) strake: Option<f64>,
     pub(crate) peer: Option<&'static str>,
     pub(crate) peer_value: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) second_peer: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) second_peer_value: Option<f64>,
     pub(crate) target: Option<f64>,
     /// How many runs of each side it is the median of.
     pub(crate) runs: u32,
@@ -39,32 +43,36 @@ pub(crate) struct Report {
 impl Report {
     /// Prints both. The line of JSON is the last.
     pub(crate) fn print(&self) {
-        let width = self
-            .rows
-            .iter()
-            .map(|row| row.metric.len())
-            .max()
-            .unwrap_or(0);
+        let peer = |name: fn(&Row) -> Option<&'static str>| {
+            self.rows.iter().find_map(name).unwrap_or("no peer")
+        };
         println!(
-            "\n{:width$}  {:>12} {:>12} {:>10}  unit",
-            "metric", "strake", "peer", "target"
+            "\n| metric | unit | better | strake | {} | {} | target |",
+            peer(|row| row.peer),
+            peer(|row| row.second_peer)
         );
+        println!("| --- | --- | --- | ---: | ---: | ---: | ---: |");
+        let show = |value: Option<f64>| value.map_or("–".to_owned(), number);
         for row in &self.rows {
-            let show = |value: Option<f64>| value.map_or("–".to_owned(), number);
             println!(
-                "{:width$}  {:>12} {:>12} {:>10}  {} ({} is better)",
+                "| {} | {} | {} | {} | {} | {} | {} |",
                 row.metric,
-                show(row.strake),
-                show(row.peer_value),
-                show(row.target),
                 row.unit,
                 match row.better {
                     Better::Lower => "lower",
                     Better::Higher => "higher",
                 },
+                show(row.strake),
+                show(row.peer_value),
+                show(row.second_peer_value),
+                show(row.target),
             );
-            if let Some(why) = &row.why {
-                println!("{:width$}  {why}", "");
+        }
+        let mut told = Vec::new();
+        for row in &self.rows {
+            if let Some(why) = row.why.as_ref().filter(|why| !told.contains(why)) {
+                println!("\n{}: {why}", row.metric);
+                told.push(why);
             }
         }
         println!();
@@ -125,6 +133,8 @@ mod tests {
                 strake: Some(1.06),
                 peer: Some("qemu-mirror-background"),
                 peer_value: Some(1.14),
+                second_peer: None,
+                second_peer_value: None,
                 target: Some(1.1),
                 runs: 5,
                 why: None,

@@ -92,6 +92,14 @@ impl Trace {
             .max_by(f64::total_cmp)
     }
 
+    /// What 99 of 100 writes did not exceed, in milliseconds.
+    pub(crate) fn p99_ms(&self, from: Instant, to: Instant) -> Option<f64> {
+        let mut all: Vec<Duration> = self.within(from, to).map(|ended| ended.latency).collect();
+        all.sort_unstable();
+        let at = (all.len() * 99).div_ceil(100).checked_sub(1)?;
+        all.get(at).map(|latency| latency.as_secs_f64() * 1000.0)
+    }
+
     /// The longest that one write took, in milliseconds.
     pub(crate) fn worst_ms(&self, from: Instant, to: Instant) -> Option<f64> {
         self.within(from, to)

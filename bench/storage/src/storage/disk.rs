@@ -71,6 +71,12 @@ pub(crate) fn open(path: &Path) -> Result<File> {
         .os("open", path.display())
 }
 
+/// Whether [`open`] gives direct I/O there.
+pub(crate) fn is_direct(path: &Path) -> Result<bool> {
+    let flags = rustix::fs::fcntl_getfl(open(path)?).os("fcntl", path.display())?;
+    Ok(flags.contains(rustix::fs::OFlags::DIRECT))
+}
+
 /// A sparse file.
 pub(crate) fn create(path: &Path, size: u64) -> Result<File> {
     let _ = std::fs::remove_file(path);

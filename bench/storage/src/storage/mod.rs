@@ -1,11 +1,13 @@
-//! Live migration of a disk: our `dirty` method beside QEMU's background mirror.
+//! Live migration of a disk: our `dirty` method beside QEMU's mirror, in its background and its
+//! write-blocking mode.
 //!
-//! Both sides export the same image over vhost-user-blk to the same client, which writes random
-//! 4 KiB blocks with 32 in flight, and move it to a fresh sparse file on the same device; ours and
-//! theirs in turn, at each load. What counts is how long it takes (against the time of reading and
-//! writing as much, measured in the same run), what the guest keeps of its speed meanwhile, how
-//! long nothing of the guest ends at the switch-over, and whether the destination holds every
-//! acknowledged write.
+//! All export the same image over vhost-user-blk to the same client, which writes random 4 KiB
+//! blocks with 32 in flight, and move it to a fresh sparse file on the same device; in turn, at
+//! each load. What counts is how long it takes (against the time of reading and writing as much,
+//! measured just before), what the guest keeps of its speed meanwhile, how long nothing of the
+//! guest ends at the switch-over, how much is copied, and whether the destination holds every
+//! acknowledged write: each sector is looked at after each run. Where the source does not change
+//! any more at the end, it and the destination are compared with `qemu-img compare` as well.
 
 mod client;
 mod disk;
@@ -22,9 +24,12 @@ use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
 use strake_block::{Access, Image, LiveDisk, Migration, RawImage, SwitchHooks};
 use strake_observe::{OsContext, Result};
 
+use crate::observations::{DataLost, NoRoom, StepFailed};
+use crate::signals;
+
 use self::client::{Client, Load, Trace};
 use self::disk::Expected;
-use self::qsd::{Mirrored, Qsd};
+use self::qsd::{Mirrored, Mode, Qsd};
 use self::serve::Server;
 
 /// How much is measured.
@@ -41,43 +46,79 @@ pub(crate) struct Settings {
     pub(crate) dir: Option<PathBuf>,
     pub(crate) size: u64,
     pub(crate) rounds: u32,
+    /// Only this one.
+    pub(crate) load: Option<String>,
     /// How long the client writes before the migration begins.
     warm_up: Duration,
     /// When a migration that does not converge is given up.
     patience: Duration,
+    /// No round is begun that would end later than this.
+    budget: Duration,
 }
 
 impl Settings {
     pub(crate) fn new(extent: Extent) -> Self {
-        let (size, rounds, warm_up, patience) = match extent {
-            Extent::Quick => (1 << 30, 3, 2, 20),
-            Extent::Full => (4 << 30, 5, 5, 40),
+        let (size, rounds, warm_up, patience, budget) = match extent {
+            Extent::Quick => (1 << 30, 3, 2, 12, 7 * 60),
+            Extent::Full => (4 << 30, 5, 5, 40, 4 * 60 * 60),
         };
         Self {
             extent,
             dir: None,
             size,
             rounds,
+            load: None,
             warm_up: Duration::from_secs(warm_up),
             patience: Duration::from_secs(patience),
+            budget: Duration::from_secs(budget),
         }
     }
 }
 
-const LOADS: [Load; 4] = [Load::Idle, Load::Paced(1000), Load::Paced(4000), Load::Max];
+const LOADS: [Load; 5] = [
+    Load::Idle,
+    Load::Paced(1000),
+    Load::Paced(4000),
+    Load::Paced(16_000),
+    Load::Max,
+];
+
+impl Settings {
+    fn loads(&self) -> Result<Vec<Load>> {
+        let named = |load: &Load| self.load.as_ref().is_none_or(|name| *name == load.name());
+        let loads: Vec<Load> = LOADS.into_iter().filter(named).collect();
+        if loads.is_empty() {
+            return Err(StepFailed {
+                step: "choose a load".to_owned(),
+                reason: format!("there is none named {}", self.load.as_deref().unwrap_or("")),
+            }
+            .into());
+        }
+        Ok(loads)
+    }
+}
+
+/// Source, destination and what the copy limit is measured with.
+const IMAGES: u64 = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
     Strake,
-    Peer,
+    Peer(Mode),
 }
+
+const SIDES: [Side; 3] = [
+    Side::Strake,
+    Side::Peer(Mode::Background),
+    Side::Peer(Mode::WriteBlocking),
+];
 
 /// One migration.
 #[derive(Debug)]
 pub(crate) struct Sample {
     side: Side,
     load: Load,
-    /// Seconds of reading the image and of writing as much, measured in the same round.
+    /// Seconds of reading the image and of writing as much, measured just before.
     copy_limit: f64,
     /// Seconds until the disk ran on the destination; none if it did not get there.
     total: Option<f64>,
@@ -86,7 +127,12 @@ pub(crate) struct Sample {
     during_iops: f64,
     before_latency_ms: Option<f64>,
     during_latency_ms: Option<f64>,
+    before_p99_ms: Option<f64>,
+    during_p99_ms: Option<f64>,
     worst_ms: Option<f64>,
+    /// What was copied, as a share of the least that has to be.
+    copied: Option<f64>,
+    passes: Option<u32>,
     /// The longest time around the switch-over in which nothing of the guest ended.
     gap_ms: Option<f64>,
     bad_sectors: u64,
@@ -120,26 +166,27 @@ impl Stage {
 
 /// Runs the bench and prints its report.
 pub(crate) fn run(settings: &Settings) -> Result<()> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix("strake-bench-");
-    let dir = match &settings.dir {
-        Some(dir) => builder.tempdir_in(dir),
-        None => builder.tempdir(),
-    };
-    let dir = dir.os("mkdir", "the bench's directory")?;
-    let peer = qsd::version();
+    let began = Instant::now();
+    let loads = settings.loads()?;
+    let dir = directory(settings)?;
+    signals::remove_at_end(dir.path().to_path_buf())?;
+    let peer = qsd::at_hand();
     match &peer {
-        Ok(version) => println!("peer: {version}, blockdev-mirror, copy-mode background"),
+        Ok(version) => println!("peer: {version}, blockdev-mirror"),
         Err(seen) => println!("peer: {seen}"),
     }
-    println!(
-        "disk: {} MiB in {}; 4 KiB random writes, {} in flight",
-        settings.size >> 20,
-        dir.path().display(),
-        client::DEPTH
-    );
     let on = dir.path().join("disk-0.raw");
     let expected = disk::fill(&on, settings.size)?;
+    println!(
+        "disk: {} MiB, {}; 4 KiB random writes, {} in flight",
+        settings.size >> 20,
+        if disk::is_direct(&on)? {
+            "direct I/O"
+        } else {
+            "through the page cache, for the file system knows no direct I/O"
+        },
+        client::DEPTH
+    );
     let mut stage = Stage {
         dir: dir.path().to_path_buf(),
         size: settings.size,
@@ -147,52 +194,113 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
         number: 0,
         expected,
     };
+    let sides = SIDES
+        .into_iter()
+        .filter(|side| *side == Side::Strake || peer.is_ok());
+    let mut sides: Vec<Side> = sides.collect();
     let mut samples = Vec::new();
-    for round in 1..=settings.rounds {
-        let scratch = stage.dir.join("scratch.raw");
-        let (read, write) = disk::copy_limit(&stage.on, &scratch, settings.size)?;
-        let copy_limit = (read + write).as_secs_f64();
-        println!(
-            "\nround {round} of {}: copy limit {copy_limit:.2} s (read {:.2} s, write {:.2} s)",
-            settings.rounds,
-            read.as_secs_f64(),
-            write.as_secs_f64()
-        );
-        for load in LOADS {
-            for side in [Side::Strake, Side::Peer] {
-                if side == Side::Peer && peer.is_err() {
-                    continue;
-                }
-                let sample = measure(&mut stage, settings, side, load, copy_limit)?;
+    let mut rounds = 0;
+    while rounds < settings.rounds {
+        let round = began.elapsed() / rounds.max(1);
+        if rounds > 0 && began.elapsed() + round > settings.budget {
+            println!("\nno time for another round");
+            break;
+        }
+        rounds += 1;
+        println!("\nround {rounds} of {}", settings.rounds);
+        for load in &loads {
+            for side in &sides {
+                let sample = measure(&mut stage, settings, *side, *load)?;
                 table::line(&sample);
                 samples.push(sample);
             }
         }
+        // Whoever comes first finds another device than whoever comes last.
+        sides.rotate_left(1);
     }
-    table::report(settings, &samples, peer.err().map(|seen| seen.to_string())).print();
+    if qsd::has_compare() {
+        compare_behind_the_gate(&mut stage, settings)?;
+    }
+    let no_peer = peer.as_ref().err().map(ToString::to_string);
+    let report = table::report(settings, rounds, &samples, no_peer);
+    report.print();
+    let lost: u64 = samples
+        .iter()
+        .filter(|sample| sample.side == Side::Strake)
+        .map(|sample| sample.bad_sectors)
+        .sum();
+    if lost > 0 {
+        return Err(DataLost {
+            sectors: lost,
+            side: "strake".to_owned(),
+        }
+        .into());
+    }
+    // A bench beside nobody is none.
+    peer.map(drop)
+}
+
+fn directory(settings: &Settings) -> Result<tempfile::TempDir> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix("strake-bench-");
+    let dir = match &settings.dir {
+        Some(dir) => builder.tempdir_in(dir),
+        // Not the usual one, which may be in memory.
+        None if std::env::var_os("TMPDIR").is_none() => builder.tempdir_in("/var/tmp"),
+        None => builder.tempdir(),
+    };
+    let dir = dir.os("mkdir", "the bench's directory")?;
+    let room = rustix::fs::statvfs(dir.path()).os("statvfs", dir.path().display())?;
+    let free = room.f_bavail.saturating_mul(room.f_frsize);
+    let needed = settings.size.saturating_mul(IMAGES);
+    if free < needed {
+        return Err(NoRoom {
+            path: dir.path().display().to_string(),
+            free,
+            needed,
+        }
+        .into());
+    }
+    Ok(dir)
+}
+
+/// One more migration under load: while the gate is closed, before the commit, source
+/// and destination are compared by a tool that is not ours.
+fn compare_behind_the_gate(stage: &mut Stage, settings: &Settings) -> Result<()> {
+    let load = Load::Paced(4000);
+    let to = stage.next()?;
+    let run = ours(stage, settings, &to, load, Compare::BehindTheGate)?;
+    match run.outcome {
+        Ok(_) => stage.moved(to),
+        Err(why) => {
+            return Err(StepFailed {
+                step: "migrate once more, to compare".to_owned(),
+                reason: why,
+            }
+            .into());
+        }
+    }
+    println!("\nqemu-img compare of source and destination behind the closed gate: identical");
     Ok(())
 }
 
 /// One migration of one side under one load.
-fn measure(
-    stage: &mut Stage,
-    settings: &Settings,
-    side: Side,
-    load: Load,
-    copy_limit: f64,
-) -> Result<Sample> {
+fn measure(stage: &mut Stage, settings: &Settings, side: Side, load: Load) -> Result<Sample> {
+    let (read, write) = disk::copy_limit(&stage.on, &stage.dir.join("scratch.raw"), settings.size)?;
+    let copy_limit = (read + write).as_secs_f64();
     let to = stage.next()?;
-    let from = stage.on.clone();
     let run = match side {
-        Side::Strake => ours(stage, settings, &to, load)?,
-        Side::Peer => theirs(stage, settings, &to, load)?,
+        Side::Strake => ours(stage, settings, &to, load, Compare::No)?,
+        Side::Peer(mode) => theirs(stage, settings, &to, load, mode)?,
     };
+    if load == Load::Idle && run.outcome.is_ok() && qsd::has_compare() {
+        qsd::compare(&stage.on, &to)?;
+    }
     if run.outcome.is_ok() {
         stage.moved(to);
     } else {
         let _ = std::fs::remove_file(&to);
     }
-    debug_assert!(run.outcome.is_ok() || stage.on == from);
     let bad_sectors = disk::verify(&stage.on, &stage.expected)?;
     let before = run
         .began
@@ -218,7 +326,11 @@ fn measure(
         during_iops: run.trace.iops(run.began, run.ended),
         before_latency_ms: run.trace.latency_ms(before, run.began),
         during_latency_ms: run.trace.latency_ms(run.began, run.ended),
+        before_p99_ms: run.trace.p99_ms(before, run.began),
+        during_p99_ms: run.trace.p99_ms(run.began, run.ended),
         worst_ms: run.trace.worst_ms(run.began, run.ended),
+        copied: run.copied.map(|bytes| bytes as f64 / settings.size as f64),
+        passes: run.passes,
         gap_ms,
         bad_sectors,
         note: run.note,
@@ -231,7 +343,17 @@ struct Run {
     ended: Instant,
     /// From when to when the switch-over took, or why there was none.
     outcome: std::result::Result<(Instant, Instant), String>,
+    /// In bytes.
+    copied: Option<u64>,
+    passes: Option<u32>,
     note: String,
+}
+
+/// Whether our migration is looked at before its commit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Compare {
+    No,
+    BehindTheGate,
 }
 
 /// The client's part of a run: none when idle.
@@ -281,7 +403,13 @@ fn image(path: &Path) -> Result<Arc<dyn Image>> {
     Ok(Arc::new(RawImage::from_fd(fd, name, Access::ReadWrite)?))
 }
 
-fn ours(stage: &mut Stage, settings: &Settings, to: &Path, load: Load) -> Result<Run> {
+fn ours(
+    stage: &mut Stage,
+    settings: &Settings,
+    to: &Path,
+    load: Load,
+    compare: Compare,
+) -> Result<Run> {
     let disk = LiveDisk::new("disk", image(&stage.on)?);
     let destination = image(to)?;
     let socket = stage.dir.join("strake.sock");
@@ -314,10 +442,20 @@ fn ours(stage: &mut Stage, settings: &Settings, to: &Path, load: Load) -> Result
         MigrationLimits::default(),
         hooks,
     )?;
+    let mut decided = None;
     let mut outcome = Err("the job ended without a switch-over".to_owned());
     loop {
         if asks.recv_timeout(Duration::from_millis(2)).is_ok() {
-            migration.decide(true);
+            decided = Some(Instant::now());
+            let compared = match compare {
+                Compare::No => Ok(()),
+                Compare::BehindTheGate => qsd::compare(&stage.on, to),
+            };
+            migration.decide(compared.is_ok());
+            if let Err(seen) = compared {
+                let _ = migration.join();
+                return Err(seen);
+            }
         }
         if migration.status().phase.is_final() {
             break;
@@ -330,7 +468,8 @@ fn ours(stage: &mut Stage, settings: &Settings, to: &Path, load: Load) -> Result
     let ended = Instant::now();
     let pause = Duration::from_secs_f64(status.pause_ms.unwrap_or(0.0) / 1000.0);
     if status.phase == Phase::Completed {
-        outcome = Ok((ended.checked_sub(pause).unwrap_or(ended), ended));
+        let decided = decided.unwrap_or(ended);
+        outcome = Ok((decided.checked_sub(pause).unwrap_or(decided), ended));
     } else if let Some(failure) = &status.failure {
         // The cause; what is above it names the files of this run.
         let cause = failure.causes().first().unwrap_or(failure);
@@ -345,21 +484,26 @@ fn ours(stage: &mut Stage, settings: &Settings, to: &Path, load: Load) -> Result
         server.join();
     }
     disk.flush()?;
-    let note = format!(
-        "{} passes, gate closed {:.1} ms",
-        status.passes.len(),
-        status.pause_ms.unwrap_or(0.0)
-    );
+    let copied = status.passes.iter().map(|pass| pass.written_bytes).sum();
+    let note = format!("gate closed {:.1} ms", status.pause_ms.unwrap_or(0.0));
     Ok(Run {
         trace,
         began,
         ended,
         outcome,
+        copied: (status.phase == Phase::Completed).then_some(copied),
+        passes: u32::try_from(status.passes.len()).ok(),
         note,
     })
 }
 
-fn theirs(stage: &mut Stage, settings: &Settings, to: &Path, load: Load) -> Result<Run> {
+fn theirs(
+    stage: &mut Stage,
+    settings: &Settings,
+    to: &Path,
+    load: Load,
+    mode: Mode,
+) -> Result<Run> {
     let socket = stage.dir.join("qsd.sock");
     let mut qsd = Qsd::start(&stage.dir, &stage.on, to, &socket)?;
     let client = client(stage, &socket, load)?;
@@ -367,22 +511,24 @@ fn theirs(stage: &mut Stage, settings: &Settings, to: &Path, load: Load) -> Resu
         std::thread::sleep(settings.warm_up);
     }
     let began = Instant::now();
-    let mirrored = qsd.mirror(settings.patience)?;
+    let mirrored = qsd.mirror(mode, settings.patience)?;
     let ended = Instant::now();
     if client.is_some() {
         std::thread::sleep(Duration::from_millis(300));
     }
     let trace = end(stage, client)?;
     qsd.stop()?;
-    let outcome = match mirrored {
-        Mirrored::Done { asked, done } => Ok((asked, done)),
-        Mirrored::Not(why) => Err(why),
+    let (outcome, copied) = match mirrored {
+        Mirrored::Done { asked, done, bytes } => (Ok((asked, done)), bytes),
+        Mirrored::Not(why) => (Err(why), None),
     };
     Ok(Run {
         trace,
         began,
         ended,
         outcome,
+        copied,
+        passes: None,
         note: String::new(),
     })
 }

@@ -1,4 +1,5 @@
-//! The peer: qemu-storage-daemon with a vhost-user-blk export and `blockdev-mirror`.
+//! The peer: qemu-storage-daemon with a vhost-user-blk export and `blockdev-mirror`, in both of its
+//! copy modes.
 //!
 //! The export runs in the daemon's main loop: on an iothread, mirroring under load was seen to
 //! hang (see the research notes).
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 use strake_observe::{Because, OsContext, Result};
 
 use crate::observations::{NoPeer, StepFailed};
+use crate::signals::ends_with_us;
 
 /// How long the daemon may take to start or to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -27,10 +29,31 @@ pub(crate) struct Qsd {
 /// How a mirror went.
 #[derive(Debug)]
 pub(crate) enum Mirrored {
-    /// It completed: when completion was asked for, and when it was there.
-    Done { asked: Instant, done: Instant },
+    /// It completed: when completion was asked for, when it was there, and the bytes that it says
+    /// it copied.
+    Done {
+        asked: Instant,
+        done: Instant,
+        bytes: Option<u64>,
+    },
     /// It was not ready in time, or failed.
     Not(String),
+}
+
+/// The peer's `copy-mode`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Background,
+    WriteBlocking,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Background => "background",
+            Self::WriteBlocking => "write-blocking",
+        }
+    }
 }
 
 fn program() -> PathBuf {
@@ -40,8 +63,80 @@ fn program() -> PathBuf {
     )
 }
 
-/// What it calls itself.
-pub(crate) fn version() -> Result<String> {
+/// What it calls itself. Installs it if it is missing and that can be done.
+pub(crate) fn at_hand() -> Result<String> {
+    match version() {
+        Err(seen) if std::env::var_os("STRAKE_BENCH_QSD").is_none() => {
+            install().map_err(|reason| seen.because(reason))?;
+            version()
+        }
+        version => version,
+    }
+}
+
+/// `apt-get install qemu-utils`, as root on Debian.
+fn install() -> Result<()> {
+    if !rustix::process::geteuid().is_root() || !Path::new("/etc/debian_version").exists() {
+        return Err(failed("install it", "only as root on Debian"));
+    }
+    println!("installing qemu-utils");
+    let apt = |arguments: &[&str]| {
+        Command::new("apt-get")
+            .args(arguments)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .status()
+            .os("execve", "apt-get")
+    };
+    let install = [
+        "install",
+        "-y",
+        "-q",
+        "--no-install-recommends",
+        "qemu-utils",
+    ];
+    if apt(&install)?.success() {
+        return Ok(());
+    }
+    // The package lists may be missing or old.
+    apt(&["update", "-q"])?;
+    let status = apt(&install)?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(failed("install it", format!("apt-get: {status}")))
+    }
+}
+
+/// Whether there is a `qemu-img`.
+pub(crate) fn has_compare() -> bool {
+    Command::new("qemu-img")
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
+
+/// Compares two images with the peer's own tool. Both must be at rest.
+pub(crate) fn compare(one: &Path, other: &Path) -> Result<()> {
+    let output = Command::new("qemu-img")
+        .args(["compare", "-U", "-T", "none", "-f", "raw", "-F", "raw"])
+        .args([one, other])
+        .output()
+        .os("execve", "qemu-img")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    Err(StepFailed {
+        step: "compare source and destination with qemu-img".to_owned(),
+        reason: format!("{} {}", text.trim(), errors.trim()),
+    }
+    .into())
+}
+
+fn version() -> Result<String> {
     let program = program();
     let missing = |reason: String| NoPeer {
         program: program.display().to_string(),
@@ -85,7 +180,9 @@ impl Qsd {
                 path.display()
             )
         };
-        let child = Command::new(program())
+        let mut command = Command::new(program());
+        ends_with_us(&mut command);
+        let child = command
             .arg("--blockdev")
             .arg(file("source-file", source))
             .args(["--blockdev", "driver=raw,node-name=source,file=source-file"])
@@ -137,13 +234,13 @@ impl Qsd {
     }
 
     /// Mirrors to the destination and switches over; gives up if it is not ready after `limit`.
-    pub(crate) fn mirror(&mut self, limit: Duration) -> Result<Mirrored> {
+    pub(crate) fn mirror(&mut self, mode: Mode, limit: Duration) -> Result<Mirrored> {
         let began = Instant::now();
         self.execute(
             "blockdev-mirror",
             &json!({
                 "job-id": "job", "device": "source", "target": "destination",
-                "sync": "full", "copy-mode": "background",
+                "sync": "full", "copy-mode": mode.name(),
             }),
         )?;
         loop {
@@ -156,7 +253,7 @@ impl Qsd {
             }
             match self.event(&["BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED"], left)? {
                 None => {}
-                Some(event) if event == "BLOCK_JOB_READY" => break,
+                Some(event) if event.name == "BLOCK_JOB_READY" => break,
                 Some(_) => {
                     return Ok(Mirrored::Not(
                         "the job ended before it was ready".to_owned(),
@@ -167,9 +264,10 @@ impl Qsd {
         let asked = Instant::now();
         self.execute("block-job-complete", &json!({"device": "job"}))?;
         match self.event(&["BLOCK_JOB_COMPLETED"], PATIENCE)? {
-            Some(_) => Ok(Mirrored::Done {
+            Some(event) => Ok(Mirrored::Done {
                 asked,
                 done: Instant::now(),
+                bytes: event.bytes,
             }),
             None => Ok(Mirrored::Not(
                 "completion was asked for and did not come".to_owned(),
@@ -218,7 +316,7 @@ impl Qsd {
     }
 
     /// The next event of these names; none if `limit` passes.
-    fn event(&mut self, names: &[&str], limit: Duration) -> Result<Option<String>> {
+    fn event(&mut self, names: &[&str], limit: Duration) -> Result<Option<Event>> {
         let end = Instant::now() + limit;
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -230,7 +328,11 @@ impl Qsd {
             };
             let name = message.get("event").and_then(Value::as_str).unwrap_or("");
             if names.contains(&name) {
-                return Ok(Some(name.to_owned()));
+                let bytes = message.pointer("/data/offset").and_then(Value::as_u64);
+                return Ok(Some(Event {
+                    name: name.to_owned(),
+                    bytes,
+                }));
             }
         }
     }
@@ -264,6 +366,13 @@ impl Qsd {
             Err(error) => Err(error).os("read", "its monitor"),
         }
     }
+}
+
+/// One event of a job.
+struct Event {
+    name: String,
+    /// What the job has copied so far.
+    bytes: Option<u64>,
 }
 
 impl Drop for Qsd {

@@ -1,16 +1,21 @@
 //! From samples to rows.
 
 use super::client::Load;
+use super::qsd::Mode;
 use super::{Extent, LOADS, Sample, Settings, Side};
 use crate::report::{Better, Report, Row, median, rounded};
 
-const PEER: &str = "qemu-mirror-background";
+const PEERS: [(Mode, &str); 2] = [
+    (Mode::Background, "qemu-mirror-background"),
+    (Mode::WriteBlocking, "qemu-mirror-write-blocking"),
+];
 
 /// One line per migration, as it happens.
 pub(super) fn line(sample: &Sample) {
     let side = match sample.side {
-        Side::Strake => "strake",
-        Side::Peer => "peer  ",
+        Side::Strake => "strake             ",
+        Side::Peer(Mode::Background) => "peer background    ",
+        Side::Peer(Mode::WriteBlocking) => "peer write-blocking",
     };
     let total = match (sample.total, &sample.why) {
         (Some(total), _) => format!("{total:6.2} s"),
@@ -32,8 +37,12 @@ pub(super) fn line(sample: &Sample) {
         )
     };
     println!(
-        "  {side} {:>5}: {total}{guest}, {} sectors lost  {}",
+        "  {side} {:>5}: {total} (limit {:.2} s{}){guest}, {} sectors lost  {}",
         sample.load.name(),
+        sample.copy_limit,
+        sample
+            .passes
+            .map_or(String::new(), |passes| format!(", {passes} passes")),
         sample.bad_sectors,
         sample.note
     );
@@ -71,7 +80,8 @@ fn values(
         .unwrap_or_else(|| "not measured".to_owned());
     let side = match side {
         Side::Strake => "strake",
-        Side::Peer => "peer",
+        Side::Peer(Mode::Background) => "background",
+        Side::Peer(Mode::WriteBlocking) => "write-blocking",
     };
     let failed = own.len() - found.len();
     Values {
@@ -87,118 +97,172 @@ struct Metric<'a> {
     target: Option<f64>,
     load: Load,
     of: &'a dyn Fn(&Sample) -> Option<f64>,
+    /// The peer does not tell this.
+    ours_only: bool,
 }
 
 /// All rows.
-pub(super) fn report(settings: &Settings, samples: &[Sample], no_peer: Option<String>) -> Report {
+pub(super) fn report(
+    settings: &Settings,
+    rounds: u32,
+    samples: &[Sample],
+    no_peer: Option<String>,
+) -> Report {
     let mut rows = Vec::new();
-    let mut add = |metric: Metric<'_>| {
-        let ours = values(samples, Side::Strake, metric.load, metric.of);
-        let theirs = match &no_peer {
-            None => values(samples, Side::Peer, metric.load, metric.of),
+    let measured = |load: &Load| samples.iter().any(|sample| sample.load == *load);
+    for load in LOADS.into_iter().filter(measured) {
+        for metric in metrics(load) {
+            rows.push(row(rounds, samples, no_peer.as_deref(), &metric));
+        }
+    }
+    rows.push(lost(rounds, samples, no_peer));
+    Report {
+        bench: "storage",
+        quick: settings.extent == Extent::Quick,
+        rows,
+    }
+}
+
+fn row(rounds: u32, samples: &[Sample], no_peer: Option<&str>, metric: &Metric<'_>) -> Row {
+    let ours = values(samples, Side::Strake, metric.load, metric.of);
+    let mut whys: Vec<String> = ours.why.into_iter().collect();
+    let mut peers = PEERS.iter().map(|(mode, name)| {
+        let theirs = match no_peer {
+            None => values(samples, Side::Peer(*mode), metric.load, metric.of),
             Some(why) => Values {
                 value: None,
                 why: Some(format!("peer: {why}")),
             },
         };
-        let whys: Vec<String> = ours.why.into_iter().chain(theirs.why).collect();
-        rows.push(Row {
-            metric: metric.name,
-            unit: metric.unit,
-            better: metric.better,
-            strake: ours.value,
-            peer: no_peer.is_none().then_some(PEER),
-            peer_value: theirs.value,
-            target: metric.target,
-            runs: settings.rounds,
-            why: (!whys.is_empty()).then(|| whys.join("; ")),
-        });
-    };
-    for load in LOADS {
-        let name = load.name();
-        add(Metric {
-            name: format!("{name}_total_over_copy_limit"),
-            unit: "ratio",
-            better: Better::Lower,
-            target: (load == Load::Idle).then_some(1.1),
-            load,
-            of: &|sample| sample.total.map(|total| total / sample.copy_limit),
-        });
-        if load == Load::Idle {
-            continue;
+        if !metric.ours_only {
+            whys.extend(theirs.why);
         }
-        add(Metric {
-            name: format!("{name}_switch_over_gap_ms"),
-            unit: "ms",
-            better: Better::Lower,
-            target: Some(10.0),
-            load,
-            of: &|sample| sample.gap_ms,
-        });
-        add(Metric {
-            name: format!("{name}_guest_keeps"),
-            unit: "percent of its IOPS",
-            better: Better::Higher,
-            target: match load {
+        (no_peer.is_none().then_some(*name), theirs.value)
+    });
+    let (peer, peer_value) = peers.next().unwrap_or_default();
+    let (second_peer, second_peer_value) = peers.next().unwrap_or_default();
+    drop(peers);
+    whys.dedup();
+    Row {
+        metric: metric.name.clone(),
+        unit: metric.unit,
+        better: metric.better,
+        strake: ours.value,
+        peer,
+        peer_value,
+        second_peer,
+        second_peer_value,
+        target: metric.target,
+        runs: rounds,
+        why: (!whys.is_empty()).then(|| whys.join("; ")),
+    }
+}
+
+/// What is told of one load.
+fn metrics(load: Load) -> Vec<Metric<'static>> {
+    let name = load.name();
+    let metric = |what: &str, unit, better, target, of| Metric {
+        name: format!("{name}_{what}"),
+        unit,
+        better,
+        target,
+        load,
+        of,
+        ours_only: false,
+    };
+    let mut all = vec![
+        metric("total_s", "s", Better::Lower, None, &|it: &Sample| it.total),
+        metric(
+            "total_over_copy_limit",
+            "ratio",
+            Better::Lower,
+            Some(if load == Load::Idle { 1.1 } else { 1.65 }),
+            &|it| it.total.map(|total| total / it.copy_limit),
+        ),
+        metric("copied_over_least", "ratio", Better::Lower, None, &|it| {
+            it.copied
+        }),
+        Metric {
+            ours_only: true,
+            ..metric("passes", "passes", Better::Lower, None, &|it| {
+                it.passes.map(f64::from)
+            })
+        },
+    ];
+    if load == Load::Idle {
+        return all;
+    }
+    all.extend([
+        metric(
+            "switch_over_gap_ms",
+            "ms",
+            Better::Lower,
+            Some(10.0),
+            &|it| it.gap_ms,
+        ),
+        metric("iops_before", "IOPS", Better::Higher, None, &|it| {
+            Some(it.before_iops)
+        }),
+        metric("iops_during", "IOPS", Better::Higher, None, &|it| {
+            Some(it.during_iops)
+        }),
+        metric(
+            "guest_keeps",
+            "percent of its IOPS",
+            Better::Higher,
+            match load {
                 Load::Paced(4000) => Some(95.0),
                 Load::Max => Some(40.0),
                 _ => None,
             },
-            load,
-            of: &|sample| {
-                let before = match load {
-                    Load::Paced(rate) => rate as f64,
-                    _ => sample.before_iops,
+            &|it| {
+                let before = match it.load {
+                    Load::Paced(rate) => (rate as f64).min(it.before_iops),
+                    _ => it.before_iops,
                 };
-                (before > 0.0).then(|| (sample.during_iops * 100.0 / before).min(100.0))
+                (before > 0.0).then(|| (it.during_iops * 100.0 / before).min(100.0))
             },
-        });
-        add(Metric {
-            name: format!("{name}_latency_over_before"),
-            unit: "ratio of means",
-            better: Better::Lower,
-            target: (load == Load::Paced(4000)).then_some(3.0),
-            load,
-            of: &|sample| Some(sample.during_latency_ms? / sample.before_latency_ms?),
-        });
-        add(Metric {
-            name: format!("{name}_worst_write_ms"),
-            unit: "ms",
-            better: Better::Lower,
-            target: None,
-            load,
-            of: &|sample| sample.worst_ms,
-        });
-    }
-    add(Metric {
-        name: "max_iops_without_migration".to_owned(),
-        unit: "IOPS",
-        better: Better::Higher,
-        target: None,
-        load: Load::Max,
-        of: &|sample| Some(sample.before_iops),
-    });
-    let lost = |side: Side| {
+        ),
+        metric(
+            "mean_latency_over_before",
+            "ratio",
+            Better::Lower,
+            (load == Load::Paced(4000)).then_some(3.0),
+            &|it| Some(it.during_latency_ms? / it.before_latency_ms?),
+        ),
+        metric("p99_before_ms", "ms", Better::Lower, None, &|it| {
+            it.before_p99_ms
+        }),
+        metric("p99_during_ms", "ms", Better::Lower, None, &|it| {
+            it.during_p99_ms
+        }),
+        metric("worst_write_ms", "ms", Better::Lower, None, &|it| {
+            it.worst_ms
+        }),
+    ]);
+    all
+}
+
+fn lost(rounds: u32, samples: &[Sample], no_peer: Option<String>) -> Row {
+    let of = |side: Side| {
         let own: Vec<&Sample> = samples.iter().filter(|it| it.side == side).collect();
         (!own.is_empty()).then(|| {
             let bad: u64 = own.iter().map(|sample| sample.bad_sectors).sum();
             rounded(bad as f64)
         })
     };
-    rows.push(Row {
+    let [first, second] = PEERS;
+    Row {
         metric: "sectors_lost_in_all_runs".to_owned(),
         unit: "sectors",
         better: Better::Lower,
-        strake: lost(Side::Strake),
-        peer: no_peer.is_none().then_some(PEER),
-        peer_value: lost(Side::Peer),
+        strake: of(Side::Strake),
+        peer: no_peer.is_none().then_some(first.1),
+        peer_value: of(Side::Peer(first.0)),
+        second_peer: no_peer.is_none().then_some(second.1),
+        second_peer_value: of(Side::Peer(second.0)),
         target: Some(0.0),
-        runs: settings.rounds,
+        runs: rounds,
         why: no_peer,
-    });
-    Report {
-        bench: "storage",
-        quick: settings.extent == Extent::Quick,
-        rows,
     }
 }

@@ -171,6 +171,17 @@ impl LiveDisk {
         self.image().flush()
     }
 
+    /// Grows with every request of the guest that ends; and how many are at the device.
+    pub(crate) fn activity(&self) -> (u64, u32) {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.counters;
+        let ended = of(&counters.reads)
+            .wrapping_add(of(&counters.writes))
+            .wrapping_add(of(&counters.flushes))
+            .wrapping_add(of(&counters.discards));
+        (ended, self.gate.inside())
+    }
+
     pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }

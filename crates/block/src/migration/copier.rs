@@ -19,7 +19,7 @@ use crate::{Event, Image, ImageQueue, Operation, Request};
 
 /// Chunks on their way at once, at most. Scattered blocks make small chunks, whose latencies
 /// overlap this way.
-const SLOTS: usize = 16;
+const SLOTS: usize = 64;
 
 /// The unit in which zeroes are told from data. A smaller one would cut a chunk into many requests.
 const ZERO_BYTES: u64 = 64 * 1024;
@@ -28,13 +28,17 @@ const ZERO_BYTES: u64 = 64 * 1024;
 /// cancellations wake it; this bounds the harm of a wake-up that got lost.
 const LOOK_AROUND: Duration = Duration::from_millis(50);
 
-/// How many bytes may be on their way at once.
+/// How much may be on its way at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Room {
     /// Two chunks: one is read while one is written. More made a paced guest wait and the copy
     /// hardly faster.
     BesideGuest,
-    /// All slots: the guest waits for us.
+    /// The guest has done nothing for a while. What it does next waits for this much at most.
+    IdleGuest,
+    /// The guest writes faster than we copy: now it has to give way, but goes on.
+    Pressing,
+    /// The guest waits for us.
     Alone,
 }
 
@@ -42,7 +46,15 @@ impl Room {
     fn bytes(self) -> u64 {
         match self {
             Self::BesideGuest => 2 * CHUNK_BYTES,
-            Self::Alone => SLOTS as u64 * CHUNK_BYTES,
+            Self::IdleGuest | Self::Pressing => 6 * CHUNK_BYTES,
+            Self::Alone => 16 * CHUNK_BYTES,
+        }
+    }
+
+    fn slots(self) -> usize {
+        match self {
+            Self::BesideGuest | Self::IdleGuest => 16,
+            Self::Pressing | Self::Alone => SLOTS,
         }
     }
 }
@@ -69,7 +81,7 @@ pub(crate) struct Run<'a> {
     pub(crate) plan: &'a mut dyn Plan,
     /// Whether zeroes need not be written because the destination has them.
     pub(crate) fresh: Fresh,
-    pub(crate) room: Room,
+    pub(crate) room: &'a mut dyn FnMut(Instant) -> Room,
     pub(crate) pace: &'a mut Pace,
     /// No chunk is started after this.
     pub(crate) deadline: Option<Instant>,
@@ -108,12 +120,31 @@ pub(crate) struct Copier {
 
 #[derive(Debug)]
 struct Slot {
+    /// Grows to the largest chunk that was here. The first slots are taken first, so those that
+    /// only scattered blocks need stay small.
     memory: Aligned,
     doing: Doing,
     offset: u64,
     len: u64,
+    /// How much of it had to be copied.
+    wanted: u64,
     /// Requests at the destination that have not ended.
     pending: u32,
+}
+
+/// What is no longer on its way.
+#[derive(Debug, Clone, Copy, Default)]
+struct Finished {
+    bytes: u64,
+    wanted: u64,
+}
+
+impl Finished {
+    fn add(&mut self, slot: &mut Slot) {
+        slot.doing = Doing::Nothing;
+        self.bytes += slot.len;
+        self.wanted += slot.wanted;
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +161,6 @@ impl Copier {
         destination: &dyn Image,
         event: Arc<Event>,
     ) -> Result<Self> {
-        let chunk = usize::try_from(CHUNK_BYTES).unwrap_or(0);
         let depth = u32::try_from(SLOTS).unwrap_or(1);
         // A chunk of alternating zeroes and data makes a request per block.
         let writes = depth * 4;
@@ -140,10 +170,11 @@ impl Copier {
             event,
             slots: (0..SLOTS)
                 .map(|_| Slot {
-                    memory: Aligned::new(chunk),
+                    memory: Aligned::new(0),
                     doing: Doing::Nothing,
                     offset: 0,
                     len: 0,
+                    wanted: 0,
                     pending: 0,
                 })
                 .collect(),
@@ -164,8 +195,10 @@ impl Copier {
                 stop = Some(Stop::Cancelled);
             }
             let mut held_back = None;
-            while stop.is_none() && !complete && outstanding < run.room.bytes() {
-                let Some(slot) = self.slots.iter().position(|it| it.doing == Doing::Nothing) else {
+            let room = (run.room)(now);
+            while stop.is_none() && !complete && outstanding < room.bytes() {
+                let mut slots = self.slots.iter().take(room.slots());
+                let Some(slot) = slots.position(|it| it.doing == Doing::Nothing) else {
                     break;
                 };
                 if run.deadline.is_some_and(|deadline| now > deadline) {
@@ -195,18 +228,18 @@ impl Copier {
                 .wait(held_back.unwrap_or(LOOK_AROUND).min(LOOK_AROUND));
             self.event.clear();
             let ended = self.reap(run.fresh, &mut tally, &mut stop);
-            outstanding -= ended;
+            outstanding -= ended.bytes;
             let now = Instant::now();
-            if ended > 0 {
-                run.pace.copied(now - last, ended);
+            if ended.bytes > 0 {
+                run.pace.copied(now - last, ended.wanted);
             }
             (run.progress)(Progress {
                 tally,
-                arrived: ended,
+                arrived: ended.bytes,
                 speed: run.pace.throughput(),
             });
             // Time in which the rate limit let nothing happen is not copying time.
-            if ended > 0 || (held_back.is_some() && outstanding == 0) {
+            if ended.bytes > 0 || (held_back.is_some() && outstanding == 0) {
                 last = now;
             }
         }
@@ -245,16 +278,24 @@ impl Copier {
         };
         let tag = index as u64;
         match chunk {
-            Chunk::Copy { offset, len } => {
+            Chunk::Copy {
+                offset,
+                len,
+                wanted,
+            } => {
                 let len = len.min(CHUNK_BYTES);
                 pace.start(now, len);
                 slot.doing = Doing::Reading;
-                (slot.offset, slot.len) = (offset, len);
+                (slot.offset, slot.len, slot.wanted) = (offset, len, wanted);
+                let room = usize::try_from(len).unwrap_or(0);
+                if slot.memory.bytes().len() < room {
+                    slot.memory = Aligned::new(room);
+                }
                 self.source.submit(Request {
                     tag,
                     op: Operation::Read,
                     offset,
-                    buffers: vec![slot.memory.buffer(usize::try_from(len).unwrap_or(0))],
+                    buffers: vec![slot.memory.buffer(room)],
                 });
                 len
             }
@@ -262,7 +303,7 @@ impl Copier {
                 slot.doing = Doing::Writing;
                 slot.pending = 1;
                 // It moves no data, so it takes no room.
-                (slot.offset, slot.len) = (offset, 0);
+                (slot.offset, slot.len, slot.wanted) = (offset, 0, 0);
                 self.destination.submit(Request {
                     tag,
                     op: Operation::WriteZeroes { len, unmap: true },
@@ -274,9 +315,9 @@ impl Copier {
         }
     }
 
-    /// Takes what has ended, on both sides; says how many bytes are no longer on their way.
-    fn reap(&mut self, fresh: Fresh, tally: &mut Tally, stop: &mut Option<Stop>) -> u64 {
-        let mut finished = 0;
+    /// Takes what has ended, on both sides; says how much is no longer on its way.
+    fn reap(&mut self, fresh: Fresh, tally: &mut Tally, stop: &mut Option<Stop>) -> Finished {
+        let mut finished = Finished::default();
         let Self {
             source,
             destination,
@@ -303,8 +344,7 @@ impl Copier {
                 Err(seen) => fail(seen),
             }
             if slot.pending == 0 {
-                slot.doing = Doing::Nothing;
-                finished += slot.len;
+                finished.add(slot);
             } else {
                 slot.doing = Doing::Writing;
             }
@@ -319,8 +359,7 @@ impl Copier {
             }
             slot.pending = slot.pending.saturating_sub(1);
             if slot.pending == 0 {
-                slot.doing = Doing::Nothing;
-                finished += slot.len;
+                finished.add(slot);
             }
         });
         finished

@@ -28,7 +28,7 @@ use super::SwitchHooks;
 use super::control::{Ask, Control};
 use super::copier::{Copier, Progress, Room, Run, Stop, Tally};
 use super::journal::{Durable, Journal};
-use super::pace::{Meter, Pace, rate};
+use super::pace::{Meter, Pace, Quiet, rate};
 use super::pause::{Guard, Opener, Pause};
 use super::plan::{DirtyPass, FirstPass, Fresh, Plan, allocated_bytes};
 use crate::{
@@ -206,6 +206,7 @@ impl Job {
 
         let mut before = u64::MAX;
         let mut stalled = 0;
+        let mut room = Room::BesideGuest;
         let mut attempts = 0;
         let mut prepared = false;
         loop {
@@ -226,7 +227,8 @@ impl Job {
             let shrunk = dirty < before.saturating_mul(SHRUNK_PERCENT) / 100;
             let last = self.passes() >= self.limits.max_passes;
             let good = self.expected_pause(dirty) <= GOOD_PAUSE + self.flush;
-            if within && (good || !shrunk || last) {
+            // Longer than a good pause only if the guest gave way and that did not help.
+            if within && (good || last || (!shrunk && room == Room::Pressing)) {
                 match self.switch()? {
                     Switch::Done => return Ok(()),
                     Switch::TooLate(late) => {
@@ -237,16 +239,22 @@ impl Job {
                         before = u64::MAX;
                     }
                 }
-            } else if within || shrunk {
-                stalled = 0;
-                before = dirty;
             } else {
-                stalled += 1;
+                if !shrunk {
+                    // The guest writes faster than we copy beside it. From now on it gives way.
+                    room = Room::Pressing;
+                }
+                if within || shrunk {
+                    stalled = 0;
+                    before = dirty;
+                } else {
+                    stalled += 1;
+                }
             }
             if !within && (stalled >= STALLED_PASSES || last) {
                 return Err(self.not_converging(dirty).into());
             }
-            self.dirty_pass()?;
+            self.dirty_pass(room)?;
         }
     }
 
@@ -265,7 +273,7 @@ impl Job {
 
     /// Copies what was marked since, but for the blocks that the guest rewrites all the time:
     /// they are left for the last pass as long as they are few.
-    fn dirty_pass(&mut self) -> Result<(), End> {
+    fn dirty_pass(&mut self, room: Room) -> Result<(), End> {
         let bitmap = Arc::clone(&self.bitmap);
         let size = self.disk.size();
         let hot = DirtyBitmap::new(size);
@@ -284,7 +292,7 @@ impl Job {
         let planned = bitmap.marked_bytes().saturating_sub(left);
         let copied = DirtyBitmap::new(size);
         let mut plan = DirtyPass::new(&bitmap, size, leave, Some(&copied));
-        self.pass(&mut plan, planned, Fresh::No, Room::BesideGuest, None)?;
+        self.pass(&mut plan, planned, Fresh::No, room, None)?;
         if few {
             // What was left stays hot.
             let mut at = 0;
@@ -324,7 +332,7 @@ impl Job {
             meter.copied(now, progress.arrived);
             let throughput = meter.rate(now);
             let due = told.is_none_or(|told| now.duration_since(told) >= TELL_PAUSE);
-            let expected = (due && room == Room::BesideGuest && progress.speed > 0).then(|| {
+            let expected = (due && room != Room::Alone && progress.speed > 0).then(|| {
                 told = Some(now);
                 pause_for(bitmap.marked_bytes(), progress.speed, flush)
             });
@@ -342,13 +350,19 @@ impl Job {
         // Inside the pause the limit would only make the guest wait longer.
         let mut unlimited = Pace::new(None);
         let pace = match room {
-            Room::BesideGuest => &mut self.pace,
             Room::Alone => &mut unlimited,
+            _ => &mut self.pace,
+        };
+        let disk = &self.disk;
+        let mut quiet = Quiet::new(began);
+        let mut room = |now| match room {
+            Room::BesideGuest if quiet.is_idle(now, disk.activity()) => Room::IdleGuest,
+            room => room,
         };
         let result = self.copier.run(Run {
             plan,
             fresh,
-            room,
+            room: &mut room,
             pace,
             deadline,
             cancelled: &|| control.is_cancelled(),

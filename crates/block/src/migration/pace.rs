@@ -110,6 +110,35 @@ impl Meter {
     }
 }
 
+/// How long a guest must have done nothing to count as idle.
+const IDLE: Duration = Duration::from_millis(50);
+
+/// Sees whether the guest uses its disk.
+#[derive(Debug)]
+pub(crate) struct Quiet {
+    ended: u64,
+    since: Instant,
+}
+
+impl Quiet {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self {
+            ended: 0,
+            since: now,
+        }
+    }
+
+    /// `ended` requests have ended by now, `inside` are at the device: whether that is nothing
+    /// new since a while.
+    pub(crate) fn is_idle(&mut self, now: Instant, (ended, inside): (u64, u32)) -> bool {
+        if inside > 0 || ended != self.ended {
+            self.ended = ended;
+            self.since = now;
+        }
+        now.saturating_duration_since(self.since) >= IDLE
+    }
+}
+
 /// Bytes per second.
 pub(crate) fn rate(bytes: u64, time: Duration) -> u64 {
     let nanos = time.as_nanos();
@@ -154,6 +183,18 @@ mod tests {
         // After a long while the first bytes count for all of it.
         meter.copied(at(15_000), 1000);
         assert_eq!(meter.rate(at(15_000)), 100);
+    }
+
+    #[test]
+    fn a_guest_is_idle_after_a_while_without_requests() {
+        let start = Instant::now();
+        let mut quiet = Quiet::new(start);
+        assert!(!quiet.is_idle(start, (7, 0)));
+        assert!(!quiet.is_idle(start + IDLE / 2, (7, 0)));
+        assert!(quiet.is_idle(start + IDLE, (7, 0)));
+        assert!(!quiet.is_idle(start + IDLE, (7, 1)));
+        assert!(!quiet.is_idle(start + IDLE * 3 / 2, (8, 0)));
+        assert!(quiet.is_idle(start + IDLE * 3, (8, 0)));
     }
 
     #[test]

@@ -27,8 +27,8 @@ const GAP_BLOCKS: u64 = 1;
 /// What is to be done with a range of the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Chunk {
-    /// Read it and write it.
-    Copy { offset: u64, len: u64 },
+    /// Read it and write it. `wanted` bytes of it had to be; the rest lies between them.
+    Copy { offset: u64, len: u64, wanted: u64 },
     /// The source has nothing there, the destination may have: make it zeroes.
     Zero { offset: u64, len: u64 },
 }
@@ -142,9 +142,11 @@ impl Plan for FirstPass {
                 for block in data.start / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES) {
                     let _ = self.bitmap.take(block);
                 }
+                let len = end - data.start;
                 Ok(Some(Chunk::Copy {
                     offset: data.start,
-                    len: end - data.start,
+                    len,
+                    wanted: len,
                 }))
             }
         }
@@ -204,11 +206,13 @@ impl Plan for DirtyPass<'_> {
             }
             look += 1;
         }
+        let mut wanted = 0;
         for block in first..end {
-            if self.bitmap.take(block)
-                && let Some(copied) = self.copied
-            {
-                copied.mark(block * BLOCK_BYTES, 1);
+            if self.bitmap.take(block) {
+                wanted += self.bitmap.block_len(block);
+                if let Some(copied) = self.copied {
+                    copied.mark(block * BLOCK_BYTES, 1);
+                }
             }
         }
         self.at = end;
@@ -216,6 +220,7 @@ impl Plan for DirtyPass<'_> {
         Ok(Some(Chunk::Copy {
             offset,
             len: (end * BLOCK_BYTES).min(self.size) - offset,
+            wanted,
         }))
     }
 }
