@@ -33,3 +33,4 @@ pub use config::HostConfig;
 pub use crash::CRASH_POINTS;
 pub use daemon::{Host, Images};
 pub use monitor::packet;
+pub use storage::identity::FileIdentity;

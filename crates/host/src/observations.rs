@@ -134,7 +134,7 @@ strake_observe::catalog! {
         job: String,
     }
     text "there is no job '{job}'";
-    remedy "jobs are listed by GET /v1/jobs; ended ones are forgotten after a while";
+    remedy "`strake jobs ls` lists the jobs; the oldest that have ended are forgotten";
 
     // ---- Datastores and images ----
 
@@ -410,6 +410,26 @@ strake_observe::catalog! {
     text "the monitor of VM '{vm}' (pid {pid}) ended unexpectedly: {how}";
     remedy "the disks are intact: `strake start {vm}`; report the cause if it is not the host's";
 
+    /// The monitor did what its jail forbids.
+    MonitorBrokeOut("host.monitor-broke-out") {
+        /// The VM.
+        vm: String,
+        /// Its log.
+        log: String,
+    }
+    text "the monitor of VM '{vm}' made a system call that its jail forbids (SIGSYS), and was ended for that";
+    remedy "the host is safe; report this as a defect of Strake with {log}: either the monitor needs that call, or its guest has taken it over";
+
+    /// Whether a monitor runs its guest is not known.
+    StartUnclear("host.start-unclear") {
+        /// The VM.
+        vm: String,
+        /// Its process.
+        pid: u32,
+    }
+    text "the monitor of VM '{vm}' (pid {pid}) was told to start its guest and does not say whether it did";
+    remedy "straked keeps asking it, and `strake ps` shows what it learns; `strake stop {vm} --force` ends it";
+
     /// The last lines of a monitor's log.
     MonitorSaid("host.monitor-said") {
         /// The log file.
@@ -428,7 +448,7 @@ strake_observe::catalog! {
         pid: u32,
     }
     text "the monitor of VM '{vm}' (pid {pid}) lives but its control socket does not answer";
-    remedy "shut the guest down from inside, or end the process {pid}";
+    remedy "straked keeps trying; shut the guest down from inside, or `strake stop {vm} --force`";
 
     /// A monitor was ended by force.
     MonitorKilled("host.monitor-killed") {

@@ -16,8 +16,18 @@ use crate::{buffered, read_some, say, staged};
 
 pub(crate) struct Disk {
     pub(crate) name: String,
+    /// As large as the image was when the guest was started.
+    pub(crate) size: u64,
     /// The image that the guest writes to: with its lock, the authoritative one.
     pub(crate) image: File,
+}
+
+/// An answer that is to be late.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Late {
+    No,
+    Waits,
+    Now,
 }
 
 pub(crate) struct Machine {
@@ -28,6 +38,8 @@ pub(crate) struct Machine {
     pub(crate) jobs: Vec<Job>,
     /// Whether the guest powers off once no daemon listens.
     pub(crate) ends_when_alone: bool,
+    /// Whether the daemon waits for the answer to a migration that is to be accepted late.
+    pub(crate) accepts: Late,
     log: File,
     state: RunState,
     /// Descriptors of which only the holding counts: /dev/kvm, memory, kernel, taps.
@@ -45,9 +57,13 @@ impl Machine {
         let disks = config
             .disks
             .iter()
-            .map(|disk| Disk {
-                name: disk.name.clone(),
-                image: buffered(take(disk.image)),
+            .map(|disk| {
+                let image = buffered(take(disk.image));
+                Disk {
+                    name: disk.name.clone(),
+                    size: image.metadata().map_or(0, |meta| meta.len()),
+                    image,
+                }
             })
             .collect();
         Self {
@@ -57,10 +73,22 @@ impl Machine {
             consoles: Vec::new(),
             jobs: Vec::new(),
             ends_when_alone: false,
+            accepts: Late::No,
             log,
             state: RunState::Built,
             _others: fds.into_iter().flatten().collect(),
         }
+    }
+
+    /// What follows `start` in the command line.
+    fn word(&self, start: &str) -> Option<String> {
+        let mut words = self.cmdline.split_whitespace();
+        words.find_map(|word| word.strip_prefix(start).map(str::to_owned))
+    }
+
+    /// The guest has ended; the monitor stays until it is dismissed.
+    pub(crate) fn ends(&mut self, reason: ExitReason) {
+        self.state = RunState::Exited(reason);
     }
 
     /// Whether the command line has the word.
@@ -88,6 +116,12 @@ impl Machine {
                     abort();
                 }
                 self.state = RunState::Running;
+                if self.told("start=silent") {
+                    return (None, events);
+                }
+                if let Some(path) = self.word("fill=") {
+                    fill(&path);
+                }
                 say(&mut self.log, &mut self.consoles, "guest boots\n");
                 Reply::Done
             }
@@ -108,8 +142,14 @@ impl Machine {
                 None => Reply::Failed(staged("no descriptor")),
             },
             Request::MigrateDisk { job, disk, .. } => {
+                let late = self.told("accept-late") && self.jobs.len() == 2;
                 let order = Order { job, disk };
-                self.migrate(order, fds, &mut events)
+                let reply = self.migrate(order, fds, &mut events);
+                if late {
+                    self.accepts = Late::Waits;
+                    return (None, events);
+                }
+                reply
             }
             Request::JobStatus { job } => match self.job(&job) {
                 Some(job) => Reply::Job(job.status.clone()),
@@ -117,7 +157,9 @@ impl Machine {
             },
             Request::CancelJob { job } => self.cancel(&job, &mut events),
             Request::JobDecision { job, committed } => self.decided(&job, committed, &mut events),
-            Request::Hello { .. } | Request::Configure(_) | Request::Stop => Reply::Done,
+            Request::Hello { .. } | Request::Configure(_) | Request::Stop | Request::Dismiss => {
+                Reply::Done
+            }
         };
         (Some(reply), events)
     }
@@ -137,7 +179,7 @@ impl Machine {
                 .iter()
                 .map(|disk| DiskStatus {
                     name: disk.name.clone(),
-                    size_bytes: disk.image.metadata().map_or(0, |meta| meta.len()),
+                    size_bytes: disk.size,
                     counters: DiskCounters {
                         reads: 7,
                         ..DiskCounters::default()
@@ -182,8 +224,22 @@ impl Machine {
                 }
             }
             ["poweroff-when-alone"] => self.ends_when_alone = true,
+            ["sigsys"] => {
+                let us = rustix::process::getpid();
+                let _ = rustix::process::kill_process(us, rustix::process::Signal::SYS);
+            }
+            ["accept"] => self.accepts = Late::Now,
             ["go"] => self.go_on(events),
             _ => {}
         }
     }
+}
+
+/// Writes until there is no room.
+fn fill(path: &str) {
+    use std::io::Write;
+    let Ok(mut file) = File::create(path) else {
+        return;
+    };
+    while file.write_all(&[0; 4096]).is_ok() {}
 }

@@ -49,10 +49,11 @@ impl Machine {
         let id = order.job.clone();
         let job = Job {
             status: MigrationStatus {
-                size_bytes: destination
-                    .as_ref()
-                    .and_then(|file| file.metadata().ok())
-                    .map_or(0, |meta| meta.len()),
+                size_bytes: self
+                    .disks
+                    .iter()
+                    .find(|of| of.name == order.disk)
+                    .map_or(0, |of| of.size),
                 job: order.job,
                 disk: order.disk,
                 phase: Phase::Copying,
@@ -158,6 +159,10 @@ impl Machine {
         if self.told("job=crash-decided") {
             eprintln!("crashes when it hears the decision");
             abort();
+        }
+        eprintln!("decided {id} {committed}");
+        if self.told("job=ask-again") && !committed {
+            return Reply::Done; // And is asked again on the next connection.
         }
         let contrary = self.told("job=contrary");
         let Some(job) = self.job(id) else {

@@ -23,7 +23,7 @@ use strake_api::control::{
 use strake_host::packet;
 use strake_observe::Observation;
 
-use guest::Machine;
+use guest::{Late, Machine};
 
 strake_observe::catalog! {
     /// What the fake monitor claims to have seen.
@@ -56,6 +56,10 @@ struct Monitor {
     /// Events that no daemon has heard yet.
     events: Vec<Event>,
     greeted: bool,
+    /// Whether the daemon asked for the end: then the guest's end needs no dismissal.
+    stopped: bool,
+    /// A request that is to be answered late.
+    late: Option<u64>,
 }
 
 fn main() {
@@ -72,6 +76,8 @@ fn main() {
         machine: None,
         events: Vec::new(),
         greeted: false,
+        stopped: false,
+        late: None,
     };
     let version = if name.starts_with("old-") {
         PROTOCOL_VERSION + 1
@@ -129,7 +135,19 @@ impl Monitor {
                 self.events.extend(machine.console_input(index));
             }
         }
+        self.answer_late();
         self.tell();
+    }
+
+    fn answer_late(&mut self) {
+        let Some(machine) = self.machine.as_mut().filter(|of| of.accepts == Late::Now) else {
+            return;
+        };
+        machine.accepts = Late::No;
+        if let (Some(daemon), Some(id)) = (&self.daemon, self.late.take()) {
+            let body = Body::Reply(Reply::Done);
+            let _ = packet::send(daemon, &Packet { id, body }, &[]);
+        }
     }
 
     /// Sends the events that wait; the end of the guest is the last.
@@ -144,7 +162,12 @@ impl Monitor {
             }
             if let Event::State(RunState::Exited(reason)) = self.events.remove(0) {
                 eprintln!("ends: {reason:?}");
-                exit(0);
+                if self.stopped {
+                    exit(0);
+                }
+                if let Some(machine) = &mut self.machine {
+                    machine.ends(reason);
+                }
             }
         }
     }
@@ -166,7 +189,11 @@ impl Monitor {
         let Body::Request(request) = received.packet.body else {
             return;
         };
+        let dismissed = request == Request::Dismiss;
         let reply = self.answer(request, received.fds, version);
+        if reply.is_none() {
+            self.late = Some(received.packet.id);
+        }
         let (Some(daemon), Some(reply)) = (&self.daemon, reply) else {
             return;
         };
@@ -176,6 +203,9 @@ impl Monitor {
         };
         if packet::send(daemon, &packet, &[]).is_err() {
             self.daemon = None;
+        }
+        if dismissed {
+            exit(0);
         }
     }
 
@@ -207,6 +237,7 @@ impl Monitor {
                 return Some(Reply::Done);
             }
             Request::Stop => {
+                self.stopped = true;
                 self.events
                     .push(Event::State(RunState::Exited(ExitReason::Stopped)));
                 return Some(Reply::Done);

@@ -109,6 +109,7 @@ fn before_the_commit_the_source_counts_unless_the_monitor_goes_on() {
         "after-job-reserved",
         "after-destination-created",
         "after-job-recorded",
+        "after-destination-named",
     ] {
         for monitor in [Monitor::Lives, Monitor::Dies] {
             let job = walk(at, "", monitor).unwrap();

@@ -347,6 +347,22 @@ fn a_monitor_that_dies_is_explained() {
 }
 
 #[test]
+fn a_monitor_that_breaks_out_of_its_jail_is_told_as_such() {
+    let world = World::new();
+    world.create("");
+    world.start("web1");
+    world.tell("web1", "sigsys");
+    let vm = world.wait_for("web1", VmState::Failed);
+    let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert_eq!(seen.id(), "host.monitor-died");
+    assert!(seen.text().contains("SIGSYS"), "{seen}");
+    let why = seen.find("host.monitor-broke-out").unwrap();
+    assert!(why.remedy().contains("monitor.log"), "{why}");
+}
+
+#[test]
 fn the_console_goes_both_ways_and_its_log_stays() {
     let world = World::new();
     world.create("");

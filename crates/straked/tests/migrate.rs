@@ -321,7 +321,7 @@ fn a_destination_that_vanishes_is_not_committed() {
         assert_eq!(vm.state, VmState::Running);
         let seen = job.status.failure.unwrap();
         let why = seen.find("host.commit-failed").unwrap();
-        assert!(why.find("os.call-failed").is_some(), "{seen:#?}");
+        assert!(why.find("host.image-refused").is_some(), "{seen:#?}");
         if whole {
             std::fs::create_dir(world.path("fast")).unwrap();
         }

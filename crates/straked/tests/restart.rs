@@ -4,7 +4,8 @@
 
 mod common;
 
-use common::{World, kill, monitors, soon};
+use common::{World, kill, monitors, signal, small_state, soon};
+use rustix::process::Signal;
 use serde_json::Value;
 use strake_api::control::ExitReason;
 use strake_api::rest::{Vm, VmState};
@@ -129,14 +130,127 @@ fn a_daemon_that_dies_while_it_starts_a_vm_leaves_no_second_monitor() {
 }
 
 #[test]
+fn a_monitor_that_is_slow_to_say_hello_is_found_later() {
+    let mut world = World::new();
+    world.create("");
+    let pid = world.start("web1").pid.unwrap();
+    world.kill_daemon();
+    signal(pid, Signal::STOP);
+    world.start_daemon();
+    let vm = world.vm("web1");
+    assert_eq!(vm.state, VmState::Failed);
+    let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert_eq!(seen.id(), "host.monitor-unreachable");
+    signal(pid, Signal::CONT);
+    let vm = world.wait_for("web1", VmState::Running);
+    assert_eq!((vm.pid, vm.last_exit), (Some(pid), None));
+    assert_eq!(world.tell("web1", "hello"), "did hello\n");
+}
+
+#[test]
+fn a_monitor_that_cannot_be_reached_can_be_stopped_by_force() {
+    let mut world = World::new();
+    world.create("");
+    let pid = world.start("web1").pid.unwrap();
+    world.kill_daemon();
+    std::fs::remove_file(world.path("run/vms/web1/control.sock")).unwrap();
+    world.start_daemon();
+    assert_eq!(world.vm("web1").state, VmState::Failed);
+    let stopped = std::thread::scope(|scope| {
+        let stop = scope.spawn(|| world.stop_by_force("web1"));
+        // It is asked first, in vain; here the test ends it sooner than the daemon's patience.
+        assert!(soon(|| (world.vm("web1").state == VmState::Stopping).then_some(())).is_some());
+        kill(pid);
+        stop.join().unwrap()
+    });
+    assert!(matches!(stopped.state, VmState::Failed | VmState::Stopped));
+    assert!(monitors(&world.path("run")).is_empty());
+    assert_eq!(world.start("web1").state, VmState::Running);
+}
+
+#[test]
+fn a_reset_survives_the_daemon_that_heard_of_it() {
+    for at in ["after-exit-recorded", "before-restart"] {
+        let mut world = World::new();
+        world.create("");
+        let before = world.start("web1").pid.unwrap();
+        world.kill_daemon();
+        world.start_daemon_that_dies(Some(at));
+        world.tell("web1", "reset");
+        world.wait_for_crash();
+        world.start_daemon();
+        let vm = world.wait_for("web1", VmState::Running);
+        assert_ne!(vm.pid, Some(before), "{at}");
+        assert_eq!(monitors(&world.path("run")), [vm.pid.unwrap()], "{at}");
+        assert_eq!(world.tell("web1", "hello"), "did hello\n");
+    }
+}
+
+#[test]
+fn a_power_off_survives_the_daemon_that_heard_of_it() {
+    let mut world = World::new();
+    world.create("");
+    world.start("web1");
+    world.kill_daemon();
+    world.start_daemon_that_dies(Some("after-exit-recorded"));
+    world.tell("web1", "poweroff");
+    world.wait_for_crash();
+    world.start_daemon();
+    let gone = soon(|| monitors(&world.path("run")).is_empty().then_some(()));
+    assert!(gone.is_some(), "{}", world.log());
+    let vm = world.wait_for("web1", VmState::Stopped);
+    assert_eq!(vm.last_exit, Some(ExitReason::GuestPowerOff));
+    let started = soon(|| {
+        let answer = world.raw("POST", "/v1/vms/web1/start", Vec::new());
+        answer.filter(|(status, _)| *status == 200)
+    });
+    assert!(started.is_some(), "{}", world.log());
+}
+
+#[test]
+fn a_guest_that_runs_is_not_ended_because_that_cannot_be_recorded() {
+    let Some((_state, mut world)) = small_state() else {
+        return;
+    };
+    let filler = world.path("state/filler");
+    // The monitor fills the file system in the moment in which it starts its guest.
+    world.create(&format!("fill={}", filler.display()));
+    let vm = world.start("web1");
+    assert_eq!(vm.state, VmState::Running, "{}", world.log());
+    let pid = vm.pid.unwrap();
+    assert_eq!(world.tell("web1", "hello"), "did hello\n");
+    std::fs::remove_file(filler).unwrap();
+    let recorded = "strake_host::daemon::supervise";
+    assert!(world.log().contains(recorded) || world.log().contains("inventory"));
+    // Recorded by and by, and found by the next daemon.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    world.restart_daemon();
+    let vm = world.vm("web1");
+    assert_eq!((vm.state, vm.pid), (VmState::Running, Some(pid)));
+}
+
+#[test]
+fn a_monitor_that_does_not_say_whether_its_guest_runs_is_asked_again() {
+    let world = World::new();
+    world.create("start=silent");
+    let (status, seen) = world.refused("POST", "/v1/vms/web1/start", &Value::Null);
+    assert_eq!((status, seen.id()), (504, "host.start-unclear"), "{seen}");
+    let pid = monitors(&world.path("run"));
+    let vm = world.wait_for("web1", VmState::Running);
+    assert_eq!(pid, [vm.pid.unwrap()]);
+    assert_eq!(world.tell("web1", "hello"), "did hello\n");
+}
+
+#[test]
 fn a_connection_that_is_lost_is_made_again() {
     let world = World::new();
     world.create("");
     let pid = world.start("web1").pid;
     // Somebody else connects: the monitor serves the newest, and the daemon comes back.
-    let socket = world.path("run/vms/web1/control.sock");
     for times in 1..4 {
-        drop(connect(&socket));
+        common::steal_connection(&world);
         let again = || {
             world
                 .log()
@@ -147,11 +261,4 @@ fn a_connection_that_is_lost_is_made_again() {
         assert_eq!(world.vm("web1").pid, pid);
     }
     assert_eq!(world.tell("web1", "hello"), "did hello\n");
-}
-
-fn connect(path: &std::path::Path) -> std::os::fd::OwnedFd {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
-    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
-    connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
-    socket
 }

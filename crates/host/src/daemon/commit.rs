@@ -11,16 +11,17 @@
 //! Files are removed before the job is recorded as ended, so a daemon that dies in between does it
 //! again.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use strake_api::control::{ExitReason, Request};
 use strake_api::job::{JobId, MigrationStatus, Phase};
-use strake_observe::{Because, Observation, OsContext, Result};
+use strake_observe::{Because, Observation, Result};
 
 use super::live::{Cell, Monitor};
+use super::verdicts::Verdict;
 use super::{Host, guard, note};
+use crate::FileIdentity;
 use crate::config::show;
 use crate::crash;
 use crate::inventory::{JobRecord, JobState};
@@ -29,7 +30,8 @@ use crate::observations::{
     BindingSplit, CommitFailed, ImageRefused, JobForgotten, JobWithoutMonitor, MigrationFailed,
     MonitorKilled, NotRemoved,
 };
-use crate::storage::{image, store};
+use crate::storage::image;
+use crate::storage::removal::{self, Claim};
 
 /// Pause between attempts to write a decision to an inventory that fails.
 const DECISION_INTERVAL: Duration = Duration::from_secs(1);
@@ -62,40 +64,62 @@ impl Host {
 
     fn decision(&self, cell: &Cell, monitor: &Monitor, id: &JobId) -> bool {
         loop {
-            match self.inventory.job(id) {
-                Ok(job) if job.vm != cell.name => return false,
-                Ok(job) => match job.state {
-                    JobState::Committed => return true,
-                    JobState::Ended => return job.status.phase == Phase::Completed,
-                    JobState::Preparing | JobState::Aborted => return false,
-                    JobState::Running => match self.commit(cell, &job) {
-                        Some(committed) => return committed,
-                        None => std::thread::sleep(DECISION_INTERVAL),
-                    },
-                },
-                Err(seen) if seen.is::<crate::observations::NoSuchJob>() => return false,
-                Err(seen) => {
-                    note(seen);
-                    std::thread::sleep(DECISION_INTERVAL);
-                }
+            if let Some(committed) = self.decide_once(cell, id) {
+                return committed;
             }
             // Nobody waits for the decision of a monitor that is gone: `settle_jobs` comes next.
-            if monitor.process.wait(Duration::ZERO) {
+            if monitor.process.wait(DECISION_INTERVAL) {
                 return false;
             }
         }
     }
 
-    /// Commits, or decides that the binding stays. `None` if the transaction may or may not have
+    /// The answer that was given before, or else one that is given from now on; `None` while
+    /// nobody can know.
+    fn decide_once(&self, cell: &Cell, id: &JobId) -> Option<bool> {
+        let mut verdicts = self.verdicts.lock();
+        let job = match self.inventory.job(id) {
+            Ok(job) if job.vm == cell.name => Ok(job),
+            Ok(_) => return Some(false),
+            Err(seen) if seen.is::<crate::observations::NoSuchJob>() => return Some(false),
+            Err(seen) => Err(seen),
+        };
+        match verdicts.get(id) {
+            Some(Verdict::Committed) => return Some(true),
+            Some(Verdict::Refused) => return Some(false),
+            Some(Verdict::Unclear) | None => {}
+        }
+        let job = match job {
+            Ok(job) => job,
+            Err(seen) => {
+                note(seen);
+                return None;
+            }
+        };
+        let verdict = match job.state {
+            JobState::Committed => Verdict::Committed,
+            JobState::Ended => return Some(job.status.phase == Phase::Completed),
+            JobState::Preparing | JobState::Aborted => Verdict::Refused,
+            JobState::Running => self.commit(cell, &job),
+        };
+        verdicts.insert(id.clone(), verdict);
+        match verdict {
+            Verdict::Committed => Some(true),
+            Verdict::Refused => Some(false),
+            Verdict::Unclear => None,
+        }
+    }
+
+    /// Commits, or decides that the binding stays. Unclear if the transaction may or may not have
     /// reached the disk and the opposite cannot be made durable either: then nobody may be told
     /// anything yet, and the guest's disk waits.
-    fn commit(&self, cell: &Cell, job: &JobRecord) -> Option<bool> {
+    fn commit(&self, cell: &Cell, job: &JobRecord) -> Verdict {
         let committed = check_destination(job).and_then(|()| {
             crash::point("before-commit");
             self.inventory.commit_job(&job.id)
         });
         let Err(seen) = committed else {
-            return Some(true);
+            return Verdict::Committed;
         };
         let undone = seen
             .find("host.inventory-failed")
@@ -103,13 +127,46 @@ impl Host {
             .is_none_or(|undone| *undone == true);
         cell.change(|live| live.observe(seen.clone()));
         note(seen.clone());
-        match self.inventory.abort_job(&job.id, &seen) {
-            Ok(()) => Some(false),
+        match self.inventory.abort_job(&job.id, Some(&seen)) {
+            Ok(()) => Verdict::Refused,
+            Err(seen) if undone => {
+                note(seen);
+                // The inventory does not remember the refusal. What no longer exists, no daemon
+                // after this one commits.
+                if let Some(files) = &job.files
+                    && let Err(seen) =
+                        removal::remove(&job.destination, &files.destination, Claim::Ours)
+                {
+                    note(seen);
+                }
+                Verdict::Refused
+            }
             Err(seen) => {
                 note(seen);
-                undone.then_some(false)
+                Verdict::Unclear
             }
         }
+    }
+
+    /// Makes sure that the job is never committed, so that its files may go; tells whether it is.
+    fn refuse_for_ever(&self, job: &JobRecord) -> bool {
+        let mut verdicts = self.verdicts.lock();
+        let before = verdicts.get(&job.id).copied();
+        if before == Some(Verdict::Committed) {
+            return false;
+        }
+        if let Err(seen) = self.inventory.abort_job(&job.id, None) {
+            // It was committed meanwhile, or the inventory cannot be written. That nothing can be
+            // recorded is no reason to keep the files, unless a commit may have got through.
+            let state = self.inventory.job(&job.id).map(|job| job.state);
+            let committed = state.is_ok_and(|state| state == JobState::Committed);
+            if committed || before == Some(Verdict::Unclear) {
+                note(seen);
+                return false;
+            }
+        }
+        verdicts.insert(job.id.clone(), Verdict::Refused);
+        true
     }
 
     /// The monitor says that a job has ended.
@@ -239,9 +296,7 @@ impl Host {
             let _placing = guard(&self.placing);
             let shared = self.inventory.users_of_image(&job.source);
             match shared {
-                Ok(users) if users.is_empty() => {
-                    left.extend(image::remove(&job.source, "the source of a migrated disk").err())
-                }
+                Ok(users) if users.is_empty() => left.extend(remove_source(job).err()),
                 Ok(_) => {}
                 Err(seen) => left.push(seen),
             }
@@ -255,12 +310,14 @@ impl Host {
     }
 
     fn finish_on_source(&self, job: &JobRecord, status: &MigrationStatus) {
+        if !self.refuse_for_ever(job) {
+            return; // `check_jobs` comes back to it.
+        }
         crash::point("before-destination-removal");
         // Why this daemon or one before decided against the commit, then what the monitor saw.
         let mut causes: Vec<Observation> = job.status.failure.clone().into_iter().collect();
         causes.extend(status.failure.clone());
-        causes.extend(remove_destination(job).err());
-        causes.extend(remove_journal(job).err());
+        causes.extend(remove_files(job));
         crash::point("after-destination-removal");
         let mut status = status.clone();
         status.failure = match status.phase {
@@ -278,8 +335,9 @@ impl Host {
     /// If that fails, the job is finished once more later: see [`Host::check_jobs`].
     fn record_end(&self, job: &JobRecord, status: &MigrationStatus) {
         tracing::info!(job = %job.id, phase = ?status.phase, "job ended");
-        if let Err(seen) = self.inventory.end_job(&job.id, status) {
-            note(seen);
+        match self.inventory.end_job(&job.id, status) {
+            Ok(()) => self.verdicts.forget(&job.id),
+            Err(seen) => note(seen),
         }
     }
 
@@ -319,66 +377,88 @@ fn failed(job: &JobRecord) -> Observation {
 /// Before the commit: the destination must still be the file that was copied to. Somebody may have
 /// removed its name or its directory; then the copy is good and nobody would ever find it.
 fn check_destination(job: &JobRecord) -> Result<()> {
-    let meta = std::fs::symlink_metadata(&job.destination)
-        .os("stat", job.destination.display())
-        .because_of(|| CommitFailed {
-            job: job.id.to_string(),
-        })?;
-    if Some(meta.ino()) != job.inode {
-        return Err(ImageRefused {
-            path: show(&job.destination),
-            reason: "it is no longer the file that was copied to".to_owned(),
-            advice: "leave the destination alone while a job runs".to_owned(),
-        })
-        .because_of(|| CommitFailed {
-            job: job.id.to_string(),
-        });
-    }
-    Ok(())
+    let failed = || CommitFailed {
+        job: job.id.to_string(),
+    };
+    let found = FileIdentity::at(&job.destination).because_of(failed)?;
+    let reason = match (found, &job.files) {
+        (Some(found), Some(files)) if found.is(&files.destination) => return Ok(()),
+        (Some(_), _) => "it is no longer the file that was copied to",
+        (None, _) => "it was removed while it was copied to",
+    };
+    Err(ImageRefused {
+        path: show(&job.destination),
+        reason: reason.to_owned(),
+        advice: "leave the destination alone while a job runs".to_owned(),
+    })
+    .because_of(failed)
 }
 
 /// The journal of a job: beside its destination.
 pub(super) fn journal_path(destination: &Path) -> PathBuf {
+    beside(destination, "strake-journal")
+}
+
+/// What the destination is called until it is recorded which file it is.
+pub(super) fn unnamed_path(destination: &Path) -> PathBuf {
+    beside(destination, "strake-new")
+}
+
+fn beside(destination: &Path, what: &str) -> PathBuf {
     let name = destination
         .file_name()
         .unwrap_or_default()
         .to_string_lossy();
-    destination.with_file_name(format!(".{name}.strake-journal"))
+    destination.with_file_name(format!(".{name}.{what}"))
+}
+
+fn remove_source(job: &JobRecord) -> Result<()> {
+    let what = "the source of a migrated disk";
+    match &job.source_file {
+        Some(file) => image::remove(&job.source, Some(file), what),
+        None => Err(NotRemoved {
+            path: show(&job.source),
+            what: format!("{what}, begun by an older straked"),
+        }
+        .into()),
+    }
 }
 
 fn remove_journal(job: &JobRecord) -> Result<()> {
     let path = journal_path(&job.destination);
-    store::remove_file(&path).because_of(|| NotRemoved {
+    let removed = match &job.files {
+        Some(files) => removal::remove(&path, &files.journal, Claim::Ours).map(drop),
+        None => removal::remove_stale(&path),
+    };
+    removed.because_of(|| NotRemoved {
         path: show(&path),
         what: "the journal of a migration".to_owned(),
     })
 }
 
-/// Removes the destination if it is the file that the job created. If the daemon died before it
-/// could record which file that is, only one that holds no data can be it.
-pub(super) fn remove_destination(job: &JobRecord) -> Result<()> {
-    let path = &job.destination;
-    let not_removed = || NotRemoved {
+/// Removes what was made for a job that came to nothing; tells what stays.
+///
+/// Until it is recorded which files they are, they have names that nobody else gives; under its own
+/// name the destination is removed only if it is that file.
+fn remove_files(job: &JobRecord) -> Vec<Observation> {
+    let not_removed = |path: &Path| NotRemoved {
         path: show(path),
         what: "the destination of a migration that did not complete".to_owned(),
     };
-    let meta = match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        meta => meta.os("stat", path.display()).because_of(not_removed)?,
-    };
-    let ours = match job.inode {
-        Some(inode) => meta.ino() == inode,
-        None => {
-            let empty = meta.is_file() && meta.blocks() == 0;
-            empty && (meta.len() == 0 || meta.len() == job.status.size_bytes)
+    let unnamed = unnamed_path(&job.destination);
+    let mut left = Vec::new();
+    match &job.files {
+        Some(files) => {
+            for path in [&job.destination, &unnamed] {
+                let removed = removal::remove(path, &files.destination, Claim::Unused);
+                left.extend(removed.because_of(|| not_removed(path)).err());
+            }
         }
-    };
-    if !ours {
-        return Ok(());
+        None => {
+            let removed = removal::remove_stale(&unnamed);
+            left.extend(removed.because_of(|| not_removed(&unnamed)).err());
+        }
     }
-    store::remove_file(path).because_of(not_removed)?;
-    match path.parent() {
-        Some(directory) => store::sync(directory).because_of(not_removed),
-        None => Ok(()),
-    }
+    left.extend(remove_journal(job).err());
+    left
 }

@@ -92,8 +92,9 @@ impl Host {
             .collect::<Result<Vec<_>>>()?;
         let mut created = Vec::new();
         for disk in placed.iter().filter(|disk| disk.missing) {
-            drop(image::create(&disk.record.image, disk.record.size)?);
-            created.push(Created::new(disk.record.image.clone()));
+            let path = &disk.record.image;
+            let made = image::create(path, disk.record.size)?;
+            created.push(Created::new(path, &made.identity));
         }
         let disks: Vec<DiskRecord> = placed.into_iter().map(|disk| disk.record).collect();
         self.inventory.add_vm(name, spec, &disks, &nics)?;
@@ -146,6 +147,7 @@ impl Host {
                 size,
                 read_only: disk.read_only,
                 created: looks.is_none(),
+                file: None,
             },
         })
     }
@@ -204,7 +206,7 @@ impl Host {
                 .into());
             }
             let record = self.inventory.vm(name)?;
-            self.refuse_living_monitor(&record)?;
+            self.refuse_living_monitor(&cell, &record)?;
             let _placing = guard(&self.placing);
             self.inventory.remove_vm(name)?;
             self.forget_cell(name);
@@ -232,7 +234,10 @@ impl Host {
         disks
             .iter()
             .filter(ours)
-            .filter_map(|disk| image::remove(&disk.image, "the image of a removed VM").err())
+            .filter_map(|disk| {
+                let what = "the image of a removed VM";
+                image::remove(&disk.image, disk.file.as_ref(), what).err()
+            })
             .collect()
     }
 }

@@ -16,6 +16,7 @@ use strake_observe::{Because, OsContext, Result};
 
 use super::create::boot_file_refused;
 use super::{Host, private};
+use crate::FileIdentity;
 use crate::config::show;
 use crate::inventory::{DiskRecord, VmRecord};
 use crate::net;
@@ -26,6 +27,8 @@ use crate::storage::image::{self, Mode};
 #[derive(Debug)]
 pub(super) struct Launch {
     pub(super) config: MachineConfig,
+    /// Which file each disk's image is.
+    pub(super) files: Vec<(String, FileIdentity)>,
     fds: Descriptors,
 }
 
@@ -59,8 +62,11 @@ impl Host {
         let kvm = fds.add(self.open_kvm()?)?;
         let boot = boot(&vm.spec.boot, vm, &mut fds)?;
         let mut disks = Vec::new();
+        let mut files = Vec::new();
         for disk in &vm.disks {
-            disks.push(self.disk(vm, disk, &mut fds)?);
+            let (config, file) = self.disk(vm, disk, &mut fds)?;
+            disks.push(config);
+            files.push((disk.name.clone(), file));
         }
         let mut nics = Vec::new();
         for nic in &vm.nics {
@@ -95,6 +101,7 @@ impl Host {
                 console: vm.spec.console,
                 console_log,
             },
+            files,
             fds,
         })
     }
@@ -120,12 +127,19 @@ impl Host {
             })
     }
 
-    fn disk(&self, vm: &VmRecord, disk: &DiskRecord, fds: &mut Descriptors) -> Result<DiskConfig> {
+    fn disk(
+        &self,
+        vm: &VmRecord,
+        disk: &DiskRecord,
+        fds: &mut Descriptors,
+    ) -> Result<(DiskConfig, FileIdentity)> {
         let spec = vm.spec.disks.iter().find(|spec| spec.name == disk.name);
         let image = image::open(&disk.image, Mode::of(disk.read_only), || {
             self.who_uses(&vm.name, &disk.image)
         })?;
-        Ok(DiskConfig {
+        let image = File::from(image);
+        let file = FileIdentity::of(&image, &disk.image)?;
+        let config = DiskConfig {
             name: disk.name.clone(),
             slot: disk.slot,
             image: fds.add(image)?,
@@ -135,7 +149,8 @@ impl Host {
             queues: spec
                 .and_then(|spec| spec.queues)
                 .unwrap_or(u16::from(vm.spec.cpus)),
-        })
+        };
+        Ok((config, file))
     }
 
     /// Who has locked an image, as far as the inventory can tell: another VM that is bound to the

@@ -15,7 +15,6 @@
 use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use strake_api::control::Request;
@@ -24,15 +23,16 @@ use strake_observe::{Because, Observation, Result, Task};
 
 use super::launch::Launch;
 use super::live::{Cell, Monitor, state_name};
+use super::supervise::Recorded;
 use super::{Host, guard, note, now_ms, private, task};
 use crate::crash;
 use crate::inventory::{StoredState, VmRecord};
-use crate::monitor::connection::{Connection, Greeting, Incoming, QUICK};
-use crate::monitor::process::Process;
+use crate::monitor::connection::{Connection, Events, Greeting, QUICK};
+use crate::monitor::process::{Ending, Process};
 use crate::monitor::spawn;
 use crate::observations::{
-    MonitorDied, MonitorKilled, MonitorSaid, MonitorUnreachable, StartFailed, StopFailed,
-    StopTimedOut, WrongState,
+    MonitorBrokeOut, MonitorDied, MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable,
+    StartFailed, StartUnclear, StopFailed, StopTimedOut, WrongState,
 };
 use crate::storage::store::remove_file;
 
@@ -49,20 +49,35 @@ const BUTTON_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a forced stop waits for the monitor to flush the disks; then it is killed.
 const FORCE_PATIENCE: Duration = Duration::from_secs(30);
 
-/// A monitor that has just been started.
+/// A monitor that was just told to run its guest. From then on it is never ended for anything that
+/// fails here: the supervisor goes on from wherever this came to.
 struct Started {
     monitor: Arc<Monitor>,
-    events: Receiver<Incoming>,
+    /// None if it is not known whether the guest runs.
+    events: Option<Events>,
+    recorded: Recorded,
+    /// Why it is not known.
+    doubt: Option<Observation>,
+}
+
+/// The way from hello to the running guest, as far as it came.
+struct BroughtUp {
+    connection: Connection,
+    events: Events,
+    started_ms: u64,
+    recorded: Recorded,
+    doubt: Option<Observation>,
 }
 
 impl Host {
     /// Starts a VM.
     ///
     /// # Errors
-    /// [`StartFailed`], with the reason; no monitor is left behind then.
+    /// [`StartFailed`], with the reason; no monitor is left behind then. [`StartUnclear`] if the
+    /// monitor does not say whether its guest runs.
     pub fn start(self: &Arc<Self>, name: &str) -> Result<Vm> {
         let cell = self.cell(name)?;
-        {
+        let doubt = {
             let _operation = guard(&cell.operation);
             let failed = || StartFailed {
                 vm: name.to_owned(),
@@ -79,9 +94,12 @@ impl Host {
                     .into());
                 }
                 self.start_stopped(&cell, task)
-            })?;
+            })?
+        };
+        match doubt {
+            Some(doubt) => Err(doubt),
+            None => self.vm(name),
         }
-        self.vm(name)
     }
 
     /// Starts the VM again after its guest asked for a reset. The state is `Starting` since then.
@@ -93,7 +111,7 @@ impl Host {
         let name = &cell.name;
         let failed = || StartFailed { vm: name.clone() };
         let restarted = task(format!("restart VM '{name}'"), failed, |task| {
-            self.start_stopped(cell, task)
+            self.start_stopped(cell, task).map(drop)
         });
         if let Err(seen) = restarted {
             tracing::error!(%seen, "a guest asked for a reset and could not be started again");
@@ -101,29 +119,54 @@ impl Host {
         }
     }
 
-    /// The caller holds the VM's operation lock.
-    fn start_stopped(self: &Arc<Self>, cell: &Arc<Cell>, task: &mut Task) -> Result<()> {
+    /// The caller holds the VM's operation lock. Gives the reason if the guest may or may not run.
+    fn start_stopped(
+        self: &Arc<Self>,
+        cell: &Arc<Cell>,
+        task: &mut Task,
+    ) -> Result<Option<Observation>> {
         let name = cell.name.as_str();
         let record = self.inventory.vm(name)?;
-        self.refuse_living_monitor(&record)?;
+        self.refuse_living_monitor(cell, &record)?;
         cell.change(|live| {
             live.state = VmState::Starting;
             live.stop_asked = false;
             live.trouble = None;
             live.observed.clear();
         });
-        let started = self.launch(&record, task);
-        match started {
-            Ok(started) => self.adopt(cell, started.monitor, started.events, VmState::Running),
+        let watched = self.watch(cell);
+        let started = watched.and_then(|watch| Ok((watch, self.launch(&record, task)?)));
+        let (watch, started) = match started {
+            Ok(started) => started,
             Err(seen) => {
                 // Nothing runs; if even that cannot be recorded, the next daemon finds out.
                 if let Err(more) = self.inventory.vm_ended(name, StoredState::Stopped, None) {
                     task.saw(more);
                 }
                 cell.change(|live| live.state = VmState::Stopped);
-                Err(seen)
+                return Err(seen);
             }
-        }
+        };
+        let doubt = started.doubt.map(|seen| {
+            let pid = started.monitor.process.pid();
+            let vm = name.to_owned();
+            Observation::from(StartUnclear { vm, pid }).because(seen)
+        });
+        let trouble = doubt.clone();
+        watch.adopt(
+            cell,
+            started.monitor,
+            started.events,
+            started.recorded,
+            |live| {
+                live.state = match trouble {
+                    Some(_) => VmState::Failed,
+                    None => VmState::Running,
+                };
+                live.trouble = trouble;
+            },
+        );
+        Ok(doubt)
     }
 
     fn launch(&self, record: &VmRecord, task: &mut Task) -> Result<Started> {
@@ -131,7 +174,7 @@ impl Host {
         let launch = self.prepare_launch(record)?;
         private(&self.config.vm_run(name))?;
         // From here on a daemon that comes back must look for a monitor.
-        self.inventory.vm_starting(name)?;
+        self.inventory.vm_starting(name, &launch.files)?;
         let socket = self.config.control_socket(name);
         let log = self.config.monitor_log(name);
         crash::point("before-spawn");
@@ -139,20 +182,28 @@ impl Host {
         crash::point("after-spawn");
         let mut newborn = Newborn::Child(child);
         let seen = match self.bring_up(&launch, &socket, &mut newborn) {
-            Ok((connection, events, started_ms)) => {
+            Ok(up) => {
                 let process = newborn.keep()?;
                 return Ok(Started {
-                    monitor: Arc::new(Monitor::new(process, connection, started_ms)),
-                    events,
+                    monitor: Arc::new(Monitor::new(process, up.connection, up.started_ms)),
+                    events: up.doubt.is_none().then_some(up.events),
+                    recorded: up.recorded,
+                    doubt: up.doubt,
                 });
             }
             Err(seen) => seen,
         };
         // A monitor that ended by itself says more than the connection that it left.
-        let death = newborn.end().map(|(pid, how)| MonitorDied {
+        let ended = newborn.end();
+        let death = ended.map(|(pid, how)| MonitorDied {
             vm: name.clone(),
             pid,
-            how,
+            how: how.to_string(),
+        });
+        let broke_out = ended.filter(|(_, how)| how.broke_out());
+        let broke_out = broke_out.map(|_| MonitorBrokeOut {
+            vm: name.clone(),
+            log: crate::config::show(&log),
         });
         if let Err(more) = remove_file(&socket) {
             task.saw(more);
@@ -163,40 +214,64 @@ impl Host {
         });
         Err(seen
             .because_all(death.map(Observation::from))
+            .because_all(broke_out.map(Observation::from))
             .because_all(said.map(Observation::from)))
     }
 
-    /// From hello to the running guest.
-    fn bring_up(
-        &self,
-        launch: &Launch,
-        socket: &Path,
-        newborn: &mut Newborn,
-    ) -> Result<(Connection, Receiver<Incoming>, u64)> {
+    /// From hello to the running guest. An error means that the guest does not run.
+    fn bring_up(&self, launch: &Launch, socket: &Path, newborn: &mut Newborn) -> Result<BroughtUp> {
         let (connection, greeting, events) = Connection::open(socket)?;
         let process = newborn.hold(&greeting)?;
         let configure = Request::Configure(Box::new(launch.config.clone()));
         connection.call("configure", configure, &launch.fds(), CONFIGURE_PATIENCE)?;
         crash::point("after-configure");
-        connection.call("start", Request::Start, &[], QUICK)?;
+        let mut up = BroughtUp {
+            connection,
+            events,
+            started_ms: now_ms(),
+            recorded: Recorded::No,
+            doubt: None,
+        };
+        match up.connection.call("start", Request::Start, &[], QUICK) {
+            Ok(_) => {}
+            Err(seen) if seen.is::<MonitorRefused>() => return Err(seen),
+            Err(seen) if process.wait(OWN_END_PATIENCE) => return Err(seen),
+            Err(seen) => {
+                // It may have heard.
+                up.connection.close();
+                up.doubt = Some(seen);
+                return Ok(up);
+            }
+        }
         crash::point("after-start");
-        let started_ms = now_ms();
-        self.inventory
-            .vm_running(&launch.config.vm, process.identity(), started_ms)?;
-        Ok((connection, events, started_ms))
+        let identity = process.identity();
+        match self
+            .inventory
+            .vm_running(&launch.config.vm, identity, up.started_ms)
+        {
+            Ok(()) => up.recorded = Recorded::Yes,
+            Err(seen) => note(seen), // The supervisor tries again.
+        }
+        Ok(up)
     }
 
-    /// Refuses while the monitor of the inventory's record lives although nobody can reach it.
-    pub(super) fn refuse_living_monitor(&self, record: &VmRecord) -> Result<()> {
+    /// Refuses while a monitor of the VM lives although nobody can reach it.
+    pub(super) fn refuse_living_monitor(&self, cell: &Cell, record: &VmRecord) -> Result<()> {
+        let unreachable = |pid| {
+            Err(MonitorUnreachable {
+                vm: record.name.clone(),
+                pid,
+            }
+            .into())
+        };
+        if let Some(monitor) = &cell.live().monitor {
+            return unreachable(monitor.process.pid());
+        }
         let living = record
             .process
             .and_then(|(pid, started)| Process::find(pid, started));
         match living {
-            Some(process) => Err(MonitorUnreachable {
-                vm: record.name.clone(),
-                pid: process.pid(),
-            }
-            .into()),
+            Some(process) => unreachable(process.pid()),
             None => Ok(()),
         }
     }
@@ -233,12 +308,21 @@ impl Host {
                 live.state = VmState::Stopped;
                 return Ok(None);
             }
+            if let (true, Some(monitor)) = (how.force, &live.monitor) {
+                // Even one that cannot be reached.
+                let monitor = Arc::clone(monitor);
+                live.state = VmState::Stopping;
+                live.stop_asked = true;
+                return Ok(Some(monitor));
+            }
             let monitor = live.running(name, "it does not run, so there is nothing to stop")?;
             live.state = VmState::Stopping;
             live.stop_asked = true;
             Ok::<_, Observation>(Some(monitor))
         })?;
         let Some(monitor) = monitor else {
+            // Not to be started again by the next daemon either.
+            self.inventory.vm_ended(name, StoredState::Stopped, None)?;
             return Ok(None);
         };
         let asked = if how.force {
@@ -362,7 +446,7 @@ impl Newborn {
     }
 
     /// Ends it; tells how it ended if it did so by itself.
-    fn end(mut self) -> Option<(u32, String)> {
+    fn end(mut self) -> Option<(u32, Ending)> {
         let process = match std::mem::replace(&mut self, Self::Gone) {
             Self::Held(process) => process,
             Self::Child(child) => {

@@ -18,7 +18,7 @@ use crate::monitor::process::Process;
 const OBSERVED_KEPT: usize = 16;
 
 /// How long a look at a VM waits for its monitor.
-const LOOK_PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const LOOK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A VM that runs or may run.
 #[derive(Debug)]
@@ -89,6 +89,7 @@ impl Cell {
             live: Mutex::new(Live {
                 state: match stored {
                     StoredState::Stopped => VmState::Stopped,
+                    StoredState::Restarting => VmState::Starting,
                     StoredState::Starting | StoredState::Running | StoredState::Failed => {
                         VmState::Failed
                     }

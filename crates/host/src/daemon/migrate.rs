@@ -2,31 +2,37 @@
 //!
 //! Everything that can be refused is refused before a byte is copied. Then, in this order: the job
 //! is recorded, so that a daemon that dies from here on knows what to clear up; the destination and
-//! the journal are created and synced; the destination's inode is recorded; the monitor is told.
-//! What follows is in `commit`.
+//! the journal are created and synced, under names that only Strake gives; it is recorded which
+//! files they are; the destination gets its own name, unless that is somebody's by now; the monitor
+//! is told. What follows is in `commit`.
 
 use std::fs::OpenOptions;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use strake_api::control::{FdIndex, Reply, Request};
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
 use strake_api::rest::{Job, MigrateDisk};
 use strake_observe::{Because, OsContext, Result};
 
-use super::commit::{journal_path, remove_destination};
+use super::commit::{journal_path, unnamed_path};
 use super::live::{Cell, Monitor};
 use super::{Host, guard, note, task};
+use crate::FileIdentity;
 use crate::config::show;
 use crate::crash;
-use crate::inventory::{DiskRecord, JobRecord, JobState, NewJob};
+use crate::inventory::{DiskRecord, JobFiles, JobRecord, JobState, NewJob};
 use crate::observations::{
-    DestinationExists, ImageNotCreated, ImageRefused, JobNotActive, MigrationRefused,
-    MonitorRefused, NoSuchDisk, RequestRefused, SameDatastore,
+    DestinationExists, ImageInUse, ImageNotCreated, ImageRefused, JobNotActive, MigrationRefused,
+    MonitorGarbled, MonitorRefused, NoSuchDisk, RequestRefused, SameDatastore,
 };
-use crate::storage::image;
+use crate::storage::image::{self, Created};
+use crate::storage::lock::{self, Share};
+use crate::storage::removal::{self, Claim};
 use crate::storage::store;
 
 /// How long a monitor may take to accept a job.
@@ -42,7 +48,7 @@ const MAX_PAUSE_MS: u64 = 20_000;
 struct Files {
     destination: OwnedFd,
     journal: OwnedFd,
-    inode: u64,
+    known: JobFiles,
 }
 
 impl Host {
@@ -60,9 +66,10 @@ impl Host {
         let doing = format!("migrate disk '{disk}' of VM '{vm}'");
         let id = task(doing, refused, |_| {
             let _operation = guard(&cell.operation);
-            let new = self.plan(vm, disk, request)?;
+            let mut new = self.plan(vm, disk, request)?;
             let advice = "start the VM first: a disk is migrated while its VM runs";
             let monitor = cell.live().running(vm, advice)?;
+            new.size = running_size(&monitor, &new)?;
             self.begin(&cell, &monitor, &new)
         })?;
         self.job(&id)
@@ -94,6 +101,18 @@ impl Host {
             reason: "there is no such file any more".to_owned(),
             advice: "restore its name: the VM still has it open".to_owned(),
         })?;
+        let found = FileIdentity::at(&bound.image)?;
+        if let (Some(given), Some(found)) = (&bound.file, &found)
+            && !found.is(given)
+        {
+            return Err(ImageRefused {
+                path: show(&bound.image),
+                reason: "another file has taken its place since the VM was started".to_owned(),
+                advice: "give the VM's own image its name back: the VM still has it open"
+                    .to_owned(),
+            }
+            .into());
+        }
         let destination = to.path.join(file_name(vm, bound, looks.regular));
         store::room(&to.name, &to.path)?;
         refuse_existing(&destination)?;
@@ -107,6 +126,7 @@ impl Host {
             to: to.name,
             limits: request.limits.clone(),
             remove_source: request.remove_source,
+            source_file: bound.file.clone().or(found),
         })
     }
 
@@ -117,10 +137,19 @@ impl Host {
             self.inventory.reserve_job(new)?
         };
         crash::point("after-job-reserved");
-        let begun = create_files(new).and_then(|files| {
-            crash::point("after-destination-created");
-            self.inventory.job_running(&job.id, files.inode)?;
+        let files = match create_files(new) {
+            Ok(files) => files,
+            Err(seen) => {
+                self.take_back(&job, None);
+                return Err(seen);
+            }
+        };
+        crash::point("after-destination-created");
+        let recorded = self.inventory.job_running(&job.id, &files.known);
+        let begun = recorded.and_then(|()| {
             crash::point("after-job-recorded");
+            give_name(&job.destination)?;
+            crash::point("after-destination-named");
             self.hand_over(monitor, &job, &files)
         });
         match begun {
@@ -129,7 +158,7 @@ impl Host {
                 Ok(job.id)
             }
             Err(seen) => {
-                self.take_back(&job);
+                self.take_back(&job, Some(&files.known));
                 Err(seen)
             }
         }
@@ -159,16 +188,23 @@ impl Host {
         }
     }
 
-    /// A job that the monitor never had: as if it had never been.
-    fn take_back(&self, job: &JobRecord) {
-        // Read again: whether the destination is the job's is known by what was recorded last.
-        let job = self.inventory.job(&job.id).unwrap_or_else(|_| job.clone());
-        let removed = [
-            remove_destination(&job),
-            store::remove_file(&journal_path(&job.destination)),
-            self.inventory.drop_job(&job.id),
-        ];
-        removed.into_iter().filter_map(Result::err).for_each(note);
+    /// A job that the monitor never had: as if it had never been. Only files that were made for
+    /// it go; what is in their place may be anybody's.
+    fn take_back(&self, job: &JobRecord, made: Option<&JobFiles>) {
+        let mut left = Vec::new();
+        if let Some(made) = made {
+            let unnamed = unnamed_path(&job.destination);
+            let journal = journal_path(&job.destination);
+            for (path, file) in [
+                (&job.destination, &made.destination),
+                (&unnamed, &made.destination),
+                (&journal, &made.journal),
+            ] {
+                left.extend(removal::remove(path, file, Claim::Ours).err());
+            }
+        }
+        left.extend(self.inventory.drop_job(&job.id).err());
+        left.into_iter().for_each(note);
     }
 
     /// All jobs, the newest last.
@@ -312,19 +348,37 @@ fn refuse_existing(path: &Path) -> Result<()> {
     }
 }
 
+/// What the monitor says: the guest's disk is as large as it was when it was started, whatever has
+/// become of the name of its image.
+fn running_size(monitor: &Monitor, new: &NewJob) -> Result<u64> {
+    let reply = monitor
+        .connection()
+        .call("status", Request::Status, &[], LOOK_PATIENCE)?;
+    let disks = match reply {
+        Reply::Status(status) => status.disks,
+        _ => Vec::new(),
+    };
+    let disk = disks.iter().find(|disk| disk.name == new.disk);
+    disk.map(|disk| disk.size_bytes).ok_or_else(|| {
+        MonitorGarbled {
+            reason: format!("its status does not tell disk '{}'", new.disk),
+        }
+        .into()
+    })
+}
+
 fn create_files(new: &NewJob) -> Result<Files> {
-    let destination = image::create(&new.destination, new.size)?;
-    let guard = image::Created::new(new.destination.clone());
-    let inode = std::fs::symlink_metadata(&new.destination)
-        .os("stat", new.destination.display())?
-        .ino();
+    let unnamed = unnamed_path(&new.destination);
     let path = journal_path(&new.destination);
     let not_created = || ImageNotCreated {
         path: show(&path),
         size: 0,
     };
-    // The name is this job's alone: what is there was left by a job long gone.
-    store::remove_file(&path).because_of(not_created)?;
+    // These names are this job's alone: what is there was left by a job long gone.
+    removal::remove_stale(&unnamed).because_of(not_created)?;
+    removal::remove_stale(&path).because_of(not_created)?;
+    let destination = image::create(&unnamed, new.size)?;
+    let guard = Created::new(&unnamed, &destination.identity);
     let journal = OpenOptions::new()
         .read(true)
         .write(true)
@@ -333,15 +387,53 @@ fn create_files(new: &NewJob) -> Result<Files> {
         .open(&path)
         .os("open", path.display())
         .because_of(not_created)?;
-    let journal_guard = image::Created::new(path.clone());
+    let identity = FileIdentity::of(&journal, &path)?;
+    let journal_guard = Created::new(&path, &identity);
+    // As long as the monitor has it, nobody takes it for a leftover.
+    let locked = lock::take(&journal, Share::Alone).os("fcntl(F_OFD_SETLK)", path.display())?;
+    if !locked {
+        return Err(ImageInUse {
+            path: show(&path),
+            user: "another process, which has it locked".to_owned(),
+        }
+        .into());
+    }
     if let Some(directory) = path.parent() {
         store::sync(directory).because_of(not_created)?;
     }
     journal_guard.keep();
     guard.keep();
     Ok(Files {
-        destination,
+        destination: destination.fd,
         journal: journal.into(),
-        inode,
+        known: JobFiles {
+            destination: destination.identity,
+            journal: identity,
+        },
     })
+}
+
+/// Gives the destination its own name, if that is still free.
+fn give_name(destination: &Path) -> Result<()> {
+    let unnamed = unnamed_path(destination);
+    let renamed = renameat_with(CWD, &unnamed, CWD, destination, RenameFlags::NOREPLACE);
+    let named = match renamed {
+        // Network file systems cannot refuse to replace; a second name they can give.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
+            std::fs::hard_link(&unnamed, destination).and_then(|()| std::fs::remove_file(&unnamed))
+        }
+        result => result.map_err(Into::into),
+    };
+    match named {
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(DestinationExists {
+            path: show(destination),
+            user: "it was created just now, by somebody else".to_owned(),
+        }
+        .into()),
+        result => result.os("rename", destination.display()),
+    }?;
+    match destination.parent() {
+        Some(directory) => store::sync(directory),
+        None => Ok(()),
+    }
 }

@@ -1,8 +1,8 @@
 //! The host's operations.
 //!
-//! Threads: each request runs on a blocking thread of its own; each VM that runs has one supervisor
-//! thread (`supervise`) and, inside of its connection, one reader thread; one thread keeps
-//! house (`housekeeping`).
+//! Threads: each request runs on a blocking thread of its own; each VM that runs has a supervisor
+//! thread (`supervise`), a thread that ends its jobs, and inside of its connection a reader thread;
+//! one thread keeps house (`housekeeping`).
 //!
 //! Locks, in the order in which they may be taken:
 //!
@@ -10,8 +10,11 @@
 //!    a stop or of a migration). Held while a monitor is being started, never while a guest is
 //!    being waited for.
 //! 2. [`Cell::jobs`]: the begin of a migration against the reconciliation of jobs with a monitor.
-//! 3. [`Host::placing`]: one decision about who gets which image at a time.
-//! 4. [`Cell::live`]: what the VM does now. A leaf: nothing is waited for while it is held.
+//!    May be held for as long as a monitor takes to accept a job, so a supervisor never waits for
+//!    it while its VM runs: a guest may stand still until it answers.
+//! 3. `Host::placing`: one decision about who gets which image at a time.
+//! 4. `Host::verdicts`: one decision about a commit at a time.
+//! 5. [`Cell::live`]: what the VM does now. A leaf: nothing is waited for while it is held.
 //!
 //! The inventory has its own lock inside, below all of these.
 
@@ -26,6 +29,7 @@ mod live;
 mod migrate;
 mod recover;
 mod supervise;
+mod verdicts;
 mod view;
 
 pub use create::Images;
@@ -53,6 +57,7 @@ pub struct Host {
     inventory: Inventory,
     cells: Mutex<BTreeMap<String, Arc<Cell>>>,
     placing: Mutex<()>,
+    verdicts: verdicts::Verdicts,
     since: Instant,
     _locks: [DirectoryLock; 2],
 }
@@ -87,6 +92,7 @@ impl Host {
             config,
             cells: Mutex::default(),
             placing: Mutex::default(),
+            verdicts: verdicts::Verdicts::default(),
             since: Instant::now(),
             _locks: locks,
         })

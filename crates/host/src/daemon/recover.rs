@@ -5,12 +5,12 @@
 //! | --- | --- | --- |
 //! | running or starting | answers for this VM | the monitor is taken over |
 //! | running or starting | answers, but has no guest yet | it is ended: nobody knows what it was told |
-//! | running or starting | no answer, the process lives | the VM is shown as failed, and why |
+//! | running or starting | no answer, the process lives | the VM is shown as failed, and why; its supervisor keeps trying |
 //! | running or starting | no answer, no process | the VM has failed; its jobs are settled |
-//! | stopped or failed | – | its jobs, if any, are settled |
+//! | stopped, failed, restarting | – | its monitor, should it still be there, is let go; its jobs are settled |
+//! | restarting | – | and then it is started |
 
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use strake_api::control::{Event, ExitReason, Request, RunState};
@@ -18,11 +18,18 @@ use strake_api::rest::VmState;
 use strake_observe::{Observation, Result};
 
 use super::live::{Cell, Monitor};
-use super::{Host, note, now_ms};
+use super::supervise::{Death, Recorded};
+use super::{Host, guard, note, now_ms};
 use crate::inventory::{StoredState, VmRecord};
-use crate::monitor::connection::{Connection, Greeting, Incoming, QUICK};
+use crate::monitor::connection::{Connection, Events, Greeting, Incoming, QUICK};
 use crate::monitor::process::Process;
-use crate::observations::{MonitorKilled, MonitorMismatch, MonitorUnreachable, StartFailed};
+use crate::observations::{
+    MonitorKilled, MonitorMismatch, MonitorUnreachable, StartFailed, StartUnclear,
+};
+
+/// How long a monitor may take for the first hello: the daemon comes up only when all have been
+/// tried. Afterwards its supervisor has more patience.
+const HELLO_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a monitor that no longer listens is given to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
@@ -36,8 +43,11 @@ impl Host {
         for record in self.inventory.vms()? {
             let cell = self.cell(&record.name)?;
             match record.state {
-                StoredState::Stopped | StoredState::Failed => {
+                StoredState::Stopped | StoredState::Failed if record.process.is_none() => {
                     self.settle_jobs(&record.name, &ExitReason::Stopped);
+                }
+                StoredState::Stopped | StoredState::Failed | StoredState::Restarting => {
+                    self.finish_end(&cell, record);
                 }
                 StoredState::Starting | StoredState::Running => self.find(&cell, &record)?,
             }
@@ -53,10 +63,10 @@ impl Host {
 
     fn find(self: &Arc<Self>, cell: &Arc<Cell>, record: &VmRecord) -> Result<()> {
         let socket = self.config.control_socket(&record.name);
-        let seen = match Connection::open(&socket) {
+        let seen = match Connection::open_within(&socket, HELLO_PATIENCE) {
             Ok((connection, greeting, events)) => {
-                match self.take_over(cell, record, connection, &greeting) {
-                    Ok((monitor, state)) => return self.adopt(cell, monitor, events, state),
+                match self.take_over(record, connection, &greeting) {
+                    Ok(found) => return self.adopt(cell, record, found, events),
                     Err(seen) => {
                         // A monitor whose guest ended meanwhile says so and is gone at once.
                         if record.state == StoredState::Running
@@ -71,7 +81,46 @@ impl Host {
             }
             Err(seen) => seen,
         };
-        self.lost(cell, record, seen);
+        self.lost(cell, record, seen)
+    }
+
+    fn adopt(
+        self: &Arc<Self>,
+        cell: &Arc<Cell>,
+        record: &VmRecord,
+        found: Found,
+        events: Events,
+    ) -> Result<()> {
+        let watch = self.watch(cell)?;
+        let monitor = found.monitor;
+        let Some(state) = found.state else {
+            // Whether its guest runs only it can say: it is asked until it does.
+            let pid = monitor.process.pid();
+            let vm = record.name.clone();
+            let unclear = Observation::from(StartUnclear { vm, pid });
+            note(unclear.clone());
+            monitor.connection().close();
+            watch.adopt(cell, monitor, None, Recorded::No, |live| {
+                live.state = VmState::Failed;
+                live.trouble = Some(unclear);
+            });
+            return Ok(());
+        };
+        let mut recorded = Recorded::Yes;
+        if record.state == StoredState::Starting {
+            let identity = monitor.process.identity();
+            let running = self
+                .inventory
+                .vm_running(&record.name, identity, monitor.started_ms);
+            if let Err(seen) = running {
+                note(seen); // The supervisor tries again.
+                recorded = Recorded::No;
+            }
+        }
+        self.reconcile_jobs(cell, &monitor);
+        watch.adopt(cell, monitor, Some(events), recorded, |live| {
+            live.state = state;
+        });
         Ok(())
     }
 
@@ -83,14 +132,63 @@ impl Host {
         }
     }
 
+    /// The daemon before recorded that the guest had ended and came no further. Not here: the
+    /// daemon is not yet up, and all of this may take long.
+    fn finish_end(self: &Arc<Self>, cell: &Arc<Cell>, record: VmRecord) {
+        let (host, cell) = (Arc::clone(self), Arc::clone(cell));
+        let work = move || {
+            let operation = guard(&cell.operation);
+            let unchanged = host
+                .inventory
+                .vm(&record.name)
+                .is_ok_and(|now| now.revision == record.revision);
+            if !unchanged || cell.live().monitor.is_some() {
+                return; // Somebody was quicker.
+            }
+            let before = record
+                .process
+                .and_then(|(pid, started)| Process::find(pid, started));
+            if let Some(process) = before {
+                host.let_go(&record.name, &process);
+            }
+            let restarts = record.state == StoredState::Restarting;
+            cell.change(|live| live.stop_asked = !restarts);
+            let why = record.last_exit.unwrap_or(ExitReason::Stopped);
+            let restarts = host.vm_has_ended(&cell, &why) == VmState::Starting;
+            drop(operation);
+            if restarts {
+                host.start_after_reset(&cell);
+            }
+        };
+        std::thread::spawn(work);
+    }
+
+    /// Ends a monitor whose guest has ended.
+    fn let_go(&self, vm: &str, process: &Process) {
+        let socket = self.config.control_socket(vm);
+        if let Ok((connection, _, _)) = Connection::open_within(&socket, HELLO_PATIENCE) {
+            // It may end before it answers.
+            let _ = connection.call("dismiss", Request::Dismiss, &[], QUICK);
+        }
+        if !process.wait(END_PATIENCE) {
+            let seen = MonitorKilled {
+                vm: vm.to_owned(),
+                pid: process.pid(),
+                reason: "it did not end after its guest had".to_owned(),
+            };
+            note(seen.into());
+            process.kill();
+            process.wait(END_PATIENCE);
+        }
+    }
+
     /// Makes sure that the one who answered is this VM's monitor and runs its guest.
     fn take_over(
         &self,
-        cell: &Arc<Cell>,
         record: &VmRecord,
         connection: Connection,
         greeting: &Greeting,
-    ) -> Result<(Arc<Monitor>, VmState)> {
+    ) -> Result<Found> {
         let name = record.name.as_str();
         let mismatch = |said: String| {
             Observation::from(MonitorMismatch {
@@ -117,25 +215,27 @@ impl Host {
         let monitor = Arc::new(Monitor::new(process, connection, started_ms));
         let status = monitor.status();
         let state = match status.as_ref().map(|status| &status.state) {
-            Some(RunState::Running | RunState::Exited(_)) => VmState::Running,
-            Some(RunState::Paused) => VmState::Paused,
+            Some(RunState::Running | RunState::Exited(_)) => Some(VmState::Running),
+            Some(RunState::Paused) => Some(VmState::Paused),
             // It is slow, or ends just now: the supervisor will see.
-            None if record.state == StoredState::Running => VmState::Running,
+            None if record.state == StoredState::Running => Some(VmState::Running),
+            None => None,
             // It was not started: what it was told cannot be known.
-            None | Some(RunState::Unconfigured | RunState::Built) => {
+            Some(RunState::Unconfigured | RunState::Built) => {
                 return Err(end_unfinished(name, &monitor));
             }
         };
         tracing::info!(vm = name, pid = identity.0, "found a monitor that runs");
-        if record.state == StoredState::Starting {
-            self.inventory.vm_running(name, identity, started_ms)?;
-        }
-        self.reconcile_jobs(cell, &monitor);
-        Ok((monitor, state))
+        Ok(Found { monitor, state })
     }
 
     /// Nobody answers for the VM.
-    fn lost(&self, cell: &Arc<Cell>, record: &VmRecord, seen: Observation) {
+    fn lost(
+        self: &Arc<Self>,
+        cell: &Arc<Cell>,
+        record: &VmRecord,
+        seen: Observation,
+    ) -> Result<()> {
         let name = record.name.as_str();
         let living = record
             .process
@@ -148,18 +248,17 @@ impl Host {
             })
             .because(seen);
             note(unreachable.clone());
-            cell.change(|live| {
+            let started_ms = record.started_ms.unwrap_or_else(now_ms);
+            let monitor = Arc::new(Monitor::new(process, Connection::lost()?, started_ms));
+            let watch = self.watch(cell)?;
+            watch.adopt(cell, monitor, None, Recorded::Yes, |live| {
                 live.state = VmState::Failed;
                 live.trouble = Some(unreachable);
             });
-            return;
+            return Ok(());
         }
         let why = match record.process {
-            Some((pid, _)) => self.monitor_died(
-                name,
-                pid,
-                Some("it ended while no daemon ran, or the host was restarted"),
-            ),
+            Some((pid, _)) => self.monitor_died(name, pid, Some(Death::Unseen)),
             None => Observation::from(StartFailed {
                 vm: name.to_owned(),
             })
@@ -167,12 +266,20 @@ impl Host {
         };
         note(why.clone());
         self.vm_has_ended(cell, &ExitReason::Failed(why));
+        Ok(())
     }
 }
 
+/// A monitor that answers for a VM.
+struct Found {
+    monitor: Arc<Monitor>,
+    /// What its VM does; `None` if that is not known yet.
+    state: Option<VmState>,
+}
+
 /// Why the guest ended, if the monitor said so before it closed the connection.
-fn farewell(events: &Receiver<Incoming>) -> Option<ExitReason> {
-    while let Ok(Incoming::Event(event)) = events.recv_timeout(FAREWELL_PATIENCE) {
+fn farewell(events: &Events) -> Option<ExitReason> {
+    while let Some(Incoming::Event(event)) = events.next_within(FAREWELL_PATIENCE) {
         if let Event::State(RunState::Exited(why)) = event {
             return Some(why);
         }

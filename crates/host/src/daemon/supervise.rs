@@ -1,28 +1,43 @@
-//! One thread for each VM that runs: it hears what the monitor says unasked, and sees it end.
+//! Two threads for each VM that runs.
+//!
+//! The supervisor hears what the monitor says unasked, and sees it end:
 //!
 //! ```text
-//!  event ──► state, observation, job        (this thread alone changes the VM's state on events)
+//!  event ──► state, observation, question for a commit     (this thread alone changes the VM's
+//!            job ended ──► the other thread                 state on events)
 //!  closed ─► the process has ended? ── yes ─► settle jobs, record the end, start again on a reset
 //!                 │ no
 //!                 └─► connect again, ask what was missed, go on
 //! ```
+//!
+//! A guest stands still while its monitor asks for a commit. So the supervisor waits for nobody who
+//! may take long: what needs [`Cell::jobs`], which whoever begins a migration holds, is done by the
+//! VM's second thread ([`JobNews`]).
+//!
+//! Both threads exist before the monitor is told to run its guest: from then on nothing may fail
+//! for which a guest would have to be ended.
 
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use strake_api::control::{Event, ExitReason, Request, RunState};
+use strake_api::job::MigrationStatus;
 use strake_api::rest::VmState;
 use strake_observe::{Because, Observation, OsContext, Result};
 
-use super::live::{Cell, Monitor};
+use super::live::{Cell, LOOK_PATIENCE, Live, Monitor};
 use super::{Host, note, now_ms};
 use crate::config::show;
+use crate::crash;
 use crate::inventory::StoredState;
-use crate::monitor::connection::{Connection, Incoming, QUICK};
+use crate::monitor::connection::{Connection, Events, Incoming, QUICK};
+use crate::monitor::process::Ending;
 use crate::monitor::spawn;
 use crate::observations::{
-    MonitorDied, MonitorKilled, MonitorSaid, MonitorUnreachable, StartFailed,
+    MonitorBrokeOut, MonitorDied, MonitorKilled, MonitorMismatch, MonitorSaid, MonitorSilent,
+    MonitorUnreachable, StartFailed,
 };
 use crate::storage::store::remove_file;
 
@@ -47,62 +62,153 @@ const FLOOD_LIMIT: u32 = 50;
 /// See [`FLOOD_LIMIT`].
 const FLOOD_WINDOW: Duration = Duration::from_secs(10);
 
+/// Pause between attempts to record that a guest runs.
+const RECORD_INTERVAL: Duration = Duration::from_secs(2);
+
+/// News of jobs that may wait. Those beyond are not lost: see [`Host::check_jobs`].
+const NEWS_BACKLOG: usize = 64;
+
+/// What concerns jobs and may take long.
+enum JobNews {
+    /// A job has ended.
+    Ended(Arc<Monitor>, Box<MigrationStatus>),
+    /// Something may have been missed.
+    Reconcile(Arc<Monitor>),
+}
+
+/// A supervisor that has no monitor yet. Dropped, it ends.
+pub(super) struct Watch {
+    tell: Sender<Task>,
+}
+
+/// What a supervisor begins with.
+struct Task {
+    monitor: Arc<Monitor>,
+    /// None if the monitor has to be reached first.
+    events: Option<Events>,
+    recorded: Recorded,
+}
+
+/// Whether the inventory knows that the guest runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Recorded {
+    Yes,
+    /// It says that the VM is being started: the guest may not even run.
+    No,
+}
+
 /// The thread's own state.
 struct Supervisor {
     host: Arc<Host>,
     cell: Arc<Cell>,
     monitor: Arc<Monitor>,
+    jobs: SyncSender<JobNews>,
+    recorded: Recorded,
     exit: Option<ExitReason>,
     window: Instant,
     in_window: u32,
 }
 
 impl Host {
-    /// Makes `monitor` the VM's and begins to supervise it.
-    pub(super) fn adopt(
-        self: &Arc<Self>,
-        cell: &Arc<Cell>,
-        monitor: Arc<Monitor>,
-        events: Receiver<Incoming>,
-        state: VmState,
-    ) -> Result<()> {
-        cell.change(|live| {
-            live.state = state;
-            live.monitor = Some(Arc::clone(&monitor));
-        });
-        let mut supervisor = Supervisor {
-            host: Arc::clone(self),
-            cell: Arc::clone(cell),
-            monitor,
-            exit: None,
-            window: Instant::now(),
-            in_window: 0,
+    /// Starts the VM's threads, which wait for a monitor.
+    pub(super) fn watch(self: &Arc<Self>, cell: &Arc<Cell>) -> Result<Watch> {
+        let failed = || StartFailed {
+            vm: cell.name.clone(),
         };
+        let (news, jobs) = sync_channel(NEWS_BACKLOG);
+        let (host, of) = (Arc::clone(self), Arc::clone(cell));
+        let job_thread = std::thread::Builder::new()
+            .name(format!("jobs-{}", cell.name))
+            .spawn(move || host.follow_jobs(&of, &jobs))
+            .os("clone", "a thread for jobs")
+            .because_of(failed)?;
+        let (tell, told) = channel::<Task>();
+        let (host, cell_of) = (Arc::clone(self), Arc::clone(cell));
         std::thread::Builder::new()
             .name(format!("vm-{}", cell.name))
-            .spawn(move || supervisor.run(events))
-            .os("clone", "a supervisor thread")
-            .because_of(|| StartFailed {
-                vm: cell.name.clone(),
+            .spawn(move || {
+                let Ok(task) = told.recv() else { return };
+                let mut supervisor = Supervisor {
+                    host,
+                    cell: cell_of,
+                    monitor: task.monitor,
+                    jobs: news,
+                    recorded: task.recorded,
+                    exit: None,
+                    window: Instant::now(),
+                    in_window: 0,
+                };
+                supervisor.run(task.events);
+                supervisor.ended(job_thread);
             })
-            .map(drop)
+            .os("clone", "a supervisor thread")
+            .because_of(failed)?;
+        Ok(Watch { tell })
+    }
+
+    /// Does what concerns a VM's jobs, one after another.
+    fn follow_jobs(&self, cell: &Cell, news: &Receiver<JobNews>) {
+        while let Ok(news) = news.recv() {
+            match news {
+                JobNews::Ended(monitor, status) => self.job_ended(cell, &monitor, &status),
+                JobNews::Reconcile(monitor) => self.reconcile_jobs(cell, &monitor),
+            }
+        }
+    }
+}
+
+impl Watch {
+    /// Makes `monitor` the VM's and begins to supervise it. Cannot fail: its guest may run.
+    pub(super) fn adopt(
+        self,
+        cell: &Cell,
+        monitor: Arc<Monitor>,
+        events: Option<Events>,
+        recorded: Recorded,
+        how: impl FnOnce(&mut Live),
+    ) {
+        cell.change(|live| {
+            how(live);
+            live.monitor = Some(Arc::clone(&monitor));
+        });
+        let task = Task {
+            monitor,
+            events,
+            recorded,
+        };
+        if self.tell.send(task).is_err() {
+            tracing::error!(vm = %cell.name, "the supervisor has ended before its monitor");
+        }
     }
 }
 
 impl Supervisor {
-    fn run(&mut self, mut events: Receiver<Incoming>) {
+    fn run(&mut self, events: Option<Events>) {
         tracing::info!(vm = %self.cell.name, pid = self.monitor.process.pid(), "monitor runs");
+        if self.recorded == Recorded::Yes {
+            self.tell_jobs(JobNews::Reconcile(Arc::clone(&self.monitor)));
+        }
+        let Some(mut events) = events.or_else(|| self.after_loss()) else {
+            return;
+        };
         loop {
-            // A channel without a sender says the same as the connection's last word.
-            match events.recv().unwrap_or(Incoming::Closed) {
-                Incoming::Event(event) => self.event(event),
-                Incoming::Closed => match self.after_loss() {
+            let incoming = match self.recorded {
+                Recorded::Yes => Some(events.next()),
+                Recorded::No => events.next_within(RECORD_INTERVAL),
+            };
+            match incoming {
+                Some(Incoming::Event(event)) => self.event(event),
+                Some(Incoming::Closed) => match self.after_loss() {
                     Some(again) => events = again,
-                    None => break,
+                    None => return,
                 },
+                None => {
+                    if let Err(seen) = self.record() {
+                        tracing::warn!(%seen, "a running guest cannot be recorded yet");
+                    }
+                }
             }
         }
-        self.ended();
     }
 
     fn event(&mut self, event: Event) {
@@ -113,9 +219,30 @@ impl Supervisor {
                 self.host.decide(&self.cell, &self.monitor, &job);
             }
             Event::JobEnded(status) => {
-                self.host.job_ended(&self.cell, &self.monitor, &status);
+                let monitor = Arc::clone(&self.monitor);
+                self.tell_jobs(JobNews::Ended(monitor, Box::new(status)));
             }
         }
+    }
+
+    /// Without waiting: what finds no room is found by [`Host::check_jobs`].
+    fn tell_jobs(&self, news: JobNews) {
+        if self.jobs.try_send(news).is_err() {
+            tracing::debug!(vm = %self.cell.name, "news of jobs have to wait");
+        }
+    }
+
+    /// Records that the guest runs, should that have failed before.
+    fn record(&mut self) -> Result<()> {
+        if self.recorded == Recorded::No {
+            let monitor = &self.monitor;
+            let identity = monitor.process.identity();
+            self.host
+                .inventory
+                .vm_running(&self.cell.name, identity, monitor.started_ms)?;
+            self.recorded = Recorded::Yes;
+        }
+        Ok(())
     }
 
     fn state(&mut self, state: RunState) {
@@ -124,6 +251,14 @@ impl Supervisor {
             RunState::Paused => VmState::Paused,
             RunState::Exited(reason) => {
                 tracing::info!(vm = %self.cell.name, ?reason, "the guest ended");
+                // Before the monitor goes: a daemon that dies meanwhile has nobody else to tell
+                // the next one that the guest only wanted to start again.
+                let (stored, _) = outcome(&reason, self.cell.live().stop_asked);
+                let name = &self.cell.name;
+                if let Err(seen) = self.host.inventory.vm_ending(name, stored, &reason) {
+                    note(seen);
+                }
+                crash::point("after-exit-recorded");
                 self.exit = Some(reason);
                 self.dismiss();
                 return;
@@ -159,7 +294,7 @@ impl Supervisor {
     }
 
     /// The connection has ended: the new one, or `None` once the monitor has ended too.
-    fn after_loss(&mut self) -> Option<Receiver<Incoming>> {
+    fn after_loss(&mut self) -> Option<Events> {
         let monitor = Arc::clone(&self.monitor);
         let process = &monitor.process;
         if self.exit.is_some() {
@@ -175,7 +310,13 @@ impl Supervisor {
         while !process.wait(patience) {
             match self.reconnect() {
                 Ok(events) => {
-                    self.cell.change(|live| live.trouble = None);
+                    self.cell.change(|live| {
+                        live.trouble = None;
+                        // It could not be reached until now, and runs.
+                        if live.state == VmState::Failed {
+                            live.state = VmState::Running;
+                        }
+                    });
                     return Some(events);
                 }
                 Err(seen) if !told => {
@@ -204,21 +345,61 @@ impl Supervisor {
         .into()
     }
 
-    fn reconnect(&mut self) -> Result<Receiver<Incoming>> {
+    fn reconnect(&mut self) -> Result<Events> {
         let socket = self.host.config.control_socket(&self.cell.name);
-        let (connection, _, events) = Connection::open(&socket)?;
-        self.monitor.replace_connection(connection);
-        tracing::info!(vm = %self.cell.name, "connected to the monitor again");
-        // What may have been missed while nobody listened.
-        if let Some(status) = self.monitor.status() {
-            self.state(status.state);
+        let (connection, greeting, events) = Connection::open(&socket)?;
+        let pid = self.monitor.process.pid();
+        if let Some(other) = greeting.pid.filter(|other| *other != pid) {
+            return Err(MonitorMismatch {
+                said: format!("another process ({other})"),
+                expected: format!("the monitor of VM '{}' ({pid})", self.cell.name),
+            }
+            .into());
         }
-        self.host.reconcile_jobs(&self.cell, &self.monitor);
+        self.monitor.replace_connection(connection);
+        // What may have been missed while nobody listened.
+        let state = self.monitor.status().map(|status| status.state);
+        if self.recorded == Recorded::No {
+            match &state {
+                None => {
+                    return Err(MonitorSilent {
+                        request: "status".to_owned(),
+                        seconds: LOOK_PATIENCE.as_secs(),
+                    }
+                    .into());
+                }
+                Some(RunState::Unconfigured | RunState::Built) => self.end_unstarted(),
+                Some(_) => {
+                    if let Err(seen) = self.record() {
+                        note(seen);
+                    }
+                }
+            }
+        }
+        tracing::info!(vm = %self.cell.name, "connected to the monitor again");
+        if let Some(state) = state {
+            self.state(state);
+        }
+        self.tell_jobs(JobNews::Reconcile(Arc::clone(&self.monitor)));
         Ok(events)
     }
 
+    /// The guest was to be started and never was: nobody knows any more what it was told.
+    fn end_unstarted(&mut self) {
+        let seen = self.killed("the order to start its guest did not reach it");
+        note(seen.clone());
+        self.exit = Some(ExitReason::Failed(seen));
+        let asked = self
+            .monitor
+            .connection()
+            .call("stop", Request::Stop, &[], LOOK_PATIENCE);
+        if asked.is_err() || !self.monitor.process.wait(LOOK_PATIENCE) {
+            self.monitor.process.kill();
+        }
+    }
+
     /// The monitor has ended: nothing of it is left when the VM is shown as stopped.
-    fn ended(&mut self) {
+    fn ended(mut self, jobs: JoinHandle<()>) {
         let name = self.cell.name.as_str();
         let pid = self.monitor.process.pid();
         let how = self.monitor.process.how_it_ended();
@@ -226,19 +407,31 @@ impl Supervisor {
         let why = self
             .exit
             .take()
-            .unwrap_or_else(|| ExitReason::Failed(self.death(how.as_deref())));
+            .unwrap_or_else(|| ExitReason::Failed(self.death(how)));
         let ran_ms = now_ms().saturating_sub(self.monitor.started_ms);
-        if self.host.vm_has_ended(&self.cell, &why) == VmState::Starting {
+        // What was said of jobs counts before what the end of their monitor says.
+        let Self {
+            host,
+            cell,
+            jobs: news,
+            ..
+        } = self;
+        drop(news);
+        if jobs.join().is_err() {
+            tracing::error!(vm = %cell.name, "the thread for jobs has failed");
+        }
+        if host.vm_has_ended(&cell, &why) == VmState::Starting {
+            crash::point("before-restart");
             let least = u64::try_from(RESET_INTERVAL.as_millis()).unwrap_or(0);
             if ran_ms < least {
                 std::thread::sleep(Duration::from_millis(least - ran_ms));
             }
-            self.host.start_after_reset(&self.cell);
+            host.start_after_reset(&cell);
         }
     }
 
     /// A monitor that ended without a word.
-    fn death(&self, how: Option<&str>) -> Observation {
+    fn death(&self, how: Option<Ending>) -> Observation {
         let observed = std::mem::take(&mut self.cell.live().observed);
         let now = now_ms();
         let observed = observed
@@ -246,7 +439,11 @@ impl Supervisor {
             .filter(|seen| now.saturating_sub(seen.record().at_ms) <= CAUSE_WINDOW_MS);
         let died = self
             .host
-            .monitor_died(&self.cell.name, self.monitor.process.pid(), how)
+            .monitor_died(
+                &self.cell.name,
+                self.monitor.process.pid(),
+                how.map(Death::Seen),
+            )
             .because_all(observed);
         note(died.clone());
         died
@@ -263,11 +460,7 @@ impl Host {
         if let Err(seen) = remove_file(&self.config.control_socket(name)) {
             note(seen);
         }
-        let (stored, shown) = match why {
-            ExitReason::Failed(_) => (StoredState::Failed, VmState::Failed),
-            ExitReason::GuestReset if !stop_asked => (StoredState::Stopped, VmState::Starting),
-            _ => (StoredState::Stopped, VmState::Stopped),
-        };
+        let (stored, shown) = outcome(why, stop_asked);
         if let Err(seen) = self.inventory.vm_ended(name, stored, Some(why)) {
             // The next daemon finds the process gone.
             note(seen);
@@ -282,21 +475,47 @@ impl Host {
     }
 
     /// The observation of a monitor's death, with its last words.
-    pub(super) fn monitor_died(&self, vm: &str, pid: u32, how: Option<&str>) -> Observation {
+    pub(super) fn monitor_died(&self, vm: &str, pid: u32, how: Option<Death>) -> Observation {
+        let log = self.config.monitor_log(vm);
+        let broke_out = matches!(how, Some(Death::Seen(ending)) if ending.broke_out());
         let died = Observation::from(MonitorDied {
             vm: vm.to_owned(),
             pid,
-            how: how
-                .unwrap_or("how cannot be told, it was not started by this daemon")
-                .to_owned(),
+            how: match how {
+                Some(Death::Seen(ending)) => ending.to_string(),
+                Some(Death::Unseen) => {
+                    "it ended while no daemon ran, or the host was restarted".to_owned()
+                }
+                None => "how cannot be told, it was not started by this daemon".to_owned(),
+            },
         });
-        let log = self.config.monitor_log(vm);
-        match spawn::last_words(&log) {
-            Some(lines) => died.because(MonitorSaid {
-                path: show(&log),
-                lines,
-            }),
-            None => died,
-        }
+        let broke_out = broke_out.then(|| MonitorBrokeOut {
+            vm: vm.to_owned(),
+            log: show(&log),
+        });
+        let said = spawn::last_words(&log).map(|lines| MonitorSaid {
+            path: show(&log),
+            lines,
+        });
+        died.because_all(broke_out.map(Observation::from))
+            .because_all(said.map(Observation::from))
     }
+}
+
+/// What becomes of a VM whose guest has ended: what is recorded, and what is shown.
+fn outcome(why: &ExitReason, stop_asked: bool) -> (StoredState, VmState) {
+    match why {
+        ExitReason::Failed(_) => (StoredState::Failed, VmState::Failed),
+        ExitReason::GuestReset if !stop_asked => (StoredState::Restarting, VmState::Starting),
+        _ => (StoredState::Stopped, VmState::Stopped),
+    }
+}
+
+/// How a monitor died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Death {
+    /// As the kernel told.
+    Seen(Ending),
+    /// While nobody looked.
+    Unseen,
 }

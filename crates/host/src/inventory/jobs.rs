@@ -7,7 +7,7 @@
 //! ```
 //!
 //! `preparing`: the destination's name is taken; its file may exist. `running`: the file is the
-//! job's (its inode is recorded), and the monitor was or is about to be told. `committed`: the
+//! job's (it is recorded which one it is), and the monitor was or is about to be told. `committed`: the
 //! binding names the destination; the source and the journal may still have to be removed.
 //! `aborted`: it was decided that the binding stays; the destination must be removed.
 
@@ -18,7 +18,8 @@ use strake_api::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase
 use strake_observe::{Observation, Result};
 
 use super::vms::{text, users_of_image};
-use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
+use super::{Attempt, Inventory, from_json, to_json};
+use crate::FileIdentity;
 use crate::observations::{CommitFailed, DestinationExists, DiskBusy, InventoryCorrupt, NoSuchJob};
 
 /// Ended jobs that are kept for those who ask later.
@@ -84,10 +85,21 @@ pub struct JobRecord {
     pub remove_source: bool,
     /// Where the inventory is with it.
     pub state: JobState,
-    /// The destination's inode, once it was created.
-    pub inode: Option<u64>,
+    /// Which file the source was.
+    pub source_file: Option<FileIdentity>,
+    /// The files that were made for it, once they were.
+    pub files: Option<JobFiles>,
     /// The last status that was recorded.
     pub status: MigrationStatus,
+}
+
+/// The files that were made for a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobFiles {
+    /// Which file the destination is.
+    pub destination: FileIdentity,
+    /// Which file the journal is.
+    pub journal: FileIdentity,
 }
 
 /// A job to be.
@@ -109,6 +121,8 @@ pub struct NewJob {
     pub limits: MigrationLimits,
     /// Whether the source goes once the destination is authoritative.
     pub remove_source: bool,
+    /// Which file the source is.
+    pub source_file: Option<FileIdentity>,
 }
 
 impl Inventory {
@@ -154,6 +168,11 @@ impl Inventory {
     /// [`DiskBusy`] or [`DestinationExists`].
     pub fn reserve_job(&self, new: &NewJob) -> Result<JobRecord> {
         let limits = to_json("a job's limits", &new.limits)?;
+        let source_file = new
+            .source_file
+            .as_ref()
+            .map(|file| to_json("a job's source", file))
+            .transpose()?;
         self.write("record a job", |tx| {
             let busy = select(
                 tx,
@@ -199,8 +218,8 @@ impl Inventory {
             };
             tx.execute(
                 "INSERT INTO jobs (vm, disk, source, destination, datastore, limits,
-                     remove_source, state, status)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'preparing', '')",
+                     remove_source, source_file, state, status)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'preparing', '')",
                 params![
                     new.vm,
                     new.disk,
@@ -208,7 +227,8 @@ impl Inventory {
                     destination,
                     new.to,
                     limits,
-                    new.remove_source
+                    new.remove_source,
+                    source_file
                 ],
             )?;
             let seq = tx.last_insert_rowid();
@@ -226,16 +246,18 @@ impl Inventory {
         })
     }
 
-    /// Notes that the destination was created and is this file.
+    /// Notes that the job's files were created and which they are.
     ///
     /// # Errors
     /// The inventory cannot be written.
-    pub fn job_running(&self, id: &JobId, inode: u64) -> Result<()> {
+    pub fn job_running(&self, id: &JobId, files: &JobFiles) -> Result<()> {
+        let destination = to_json("a job's destination", &files.destination)?;
+        let journal = to_json("a job's journal", &files.journal)?;
         self.write("record a job's destination", |tx| {
             step(tx, id, &[JobState::Preparing], JobState::Running)?;
             tx.execute(
-                "UPDATE jobs SET inode = ?2 WHERE seq = ?1",
-                params![number(id), to_sql(inode)],
+                "UPDATE jobs SET destination_file = ?2, journal_file = ?3 WHERE seq = ?1",
+                params![number(id), destination, journal],
             )?;
             Ok(())
         })
@@ -264,14 +286,17 @@ impl Inventory {
         self.write("commit a job", |tx| {
             let job = step(tx, id, &[JobState::Running], JobState::Committed)?;
             let moved = tx.execute(
-                "UPDATE disks SET image = ?4, datastore = ?5, created = 1
+                "UPDATE disks SET image = ?4, datastore = ?5, created = 1, file = ?6
                      WHERE vm = ?1 AND name = ?2 AND image = ?3",
                 params![
                     job.vm,
                     job.disk,
                     text(&job.source)?,
                     text(&job.destination)?,
-                    job.to
+                    job.to,
+                    job.files
+                        .map(|files| to_json("a job's destination", &files.destination))
+                        .transpose()?
                 ],
             )?;
             tx.execute(
@@ -292,12 +317,12 @@ impl Inventory {
     }
 
     /// Decides that the binding stays. Once this returns `Ok`, no earlier attempt to commit can
-    /// come back: it overwrites what such an attempt may have left in the write-ahead log. `why`
-    /// is kept as the job's failure.
+    /// come back: it overwrites what such an attempt may have left in the write-ahead log. `why`,
+    /// if there is one, is kept as the job's failure.
     ///
     /// # Errors
     /// The inventory cannot be written, or the job is already committed.
-    pub fn abort_job(&self, id: &JobId, why: &Observation) -> Result<()> {
+    pub fn abort_job(&self, id: &JobId, why: Option<&Observation>) -> Result<()> {
         self.write("abort a job", |tx| {
             let mut job = step(
                 tx,
@@ -305,7 +330,9 @@ impl Inventory {
                 &[JobState::Preparing, JobState::Running, JobState::Aborted],
                 JobState::Aborted,
             )?;
-            job.status.failure = Some(why.clone());
+            if let Some(why) = why {
+                job.status.failure = Some(why.clone());
+            }
             tx.execute(
                 "UPDATE jobs SET status = ?2 WHERE seq = ?1",
                 params![number(id), to_json("a job's status", &job.status)?],
@@ -386,7 +413,9 @@ struct Raw {
     limits: String,
     remove_source: bool,
     state: String,
-    inode: Option<i64>,
+    source_file: Option<String>,
+    destination_file: Option<String>,
+    journal_file: Option<String>,
     status: String,
 }
 
@@ -401,15 +430,17 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
         limits: row.get(6)?,
         remove_source: row.get(7)?,
         state: row.get(8)?,
-        inode: row.get(9)?,
-        status: row.get(10)?,
+        source_file: row.get(9)?,
+        destination_file: row.get(10)?,
+        journal_file: row.get(11)?,
+        status: row.get(12)?,
     })
 }
 
 fn select(db: &Connection, rest: &str, values: impl rusqlite::Params) -> Attempt<Vec<JobRecord>> {
     let mut statement = db.prepare(&format!(
         "SELECT seq, vm, disk, source, destination, datastore, limits, remove_source, state,
-             inode, status FROM jobs {rest}"
+             source_file, destination_file, journal_file, status FROM jobs {rest}"
     ))?;
     let rows = statement
         .query_map(values, raw)?
@@ -420,6 +451,10 @@ fn select(db: &Connection, rest: &str, values: impl rusqlite::Params) -> Attempt
 fn job(raw: Raw) -> Result<JobRecord> {
     let id = name(raw.seq);
     let record = format!("job {id}");
+    let file = |text: Option<String>| -> Result<Option<FileIdentity>> {
+        text.map(|text| from_json(&record, &text)).transpose()
+    };
+    let made = file(raw.destination_file)?.zip(file(raw.journal_file)?);
     Ok(JobRecord {
         vm: raw.vm,
         disk: raw.disk,
@@ -430,7 +465,11 @@ fn job(raw: Raw) -> Result<JobRecord> {
         remove_source: raw.remove_source,
         state: JobState::parse(&raw.state)
             .ok_or_else(|| corrupt(&id, &format!("its state is '{}'", raw.state)))?,
-        inode: raw.inode.map(from_sql),
+        source_file: file(raw.source_file)?,
+        files: made.map(|(destination, journal)| JobFiles {
+            destination,
+            journal,
+        }),
         status: from_json(&record, &raw.status)?,
         id,
     })

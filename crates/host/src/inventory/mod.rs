@@ -22,7 +22,7 @@ use rusqlite::{Connection, Transaction, TransactionBehavior};
 use strake_observe::{Observation, OsContext, Result};
 
 pub use datastores::DatastoreRecord;
-pub use jobs::{JobRecord, JobState, NewJob};
+pub use jobs::{JobFiles, JobRecord, JobState, NewJob};
 pub use vms::{DiskRecord, NicRecord, StoredState, VmRecord};
 
 use crate::config::show;

@@ -6,7 +6,8 @@ use super::Attempt;
 use crate::observations::InventoryTooNew;
 
 /// Each brings the schema from its index to the next version.
-const STEPS: &[&str] = &["
+const STEPS: &[&str] = &[
+    "
     CREATE TABLE datastores (
         name TEXT PRIMARY KEY,
         path TEXT NOT NULL UNIQUE
@@ -66,7 +67,17 @@ const STEPS: &[&str] = &["
     -- At most one job that has not ended for each disk and for each destination.
     CREATE UNIQUE INDEX active_jobs_by_disk ON jobs(vm, disk) WHERE state <> 'ended';
     CREATE UNIQUE INDEX active_jobs_by_destination ON jobs(destination) WHERE state <> 'ended';
-"];
+",
+    // Files are known by more than their inode's number, which is given again. A job of the first
+    // version that is still active has no identity: its files are left alone.
+    "
+    ALTER TABLE disks ADD COLUMN file TEXT;
+    ALTER TABLE jobs DROP COLUMN inode;
+    ALTER TABLE jobs ADD COLUMN source_file TEXT;
+    ALTER TABLE jobs ADD COLUMN destination_file TEXT;
+    ALTER TABLE jobs ADD COLUMN journal_file TEXT;
+",
+];
 
 pub(super) fn migrate(tx: &Transaction<'_>, path: &str) -> Attempt<()> {
     let found: i64 = tx.query_row("PRAGMA user_version", [], |row| row.get(0))?;

@@ -6,6 +6,7 @@ use strake_api::job::{JobId, MigrationLimits, Phase};
 use strake_api::spec::VmSpec;
 
 use super::*;
+use crate::FileIdentity;
 
 fn spec() -> VmSpec {
     VmSpec::from_toml(
@@ -24,6 +25,7 @@ fn disk(image: &str, datastore: Option<&str>) -> DiskRecord {
         size: 4096,
         read_only: false,
         created: true,
+        file: None,
     }
 }
 
@@ -47,6 +49,23 @@ fn new_job() -> NewJob {
         to: "fast".into(),
         limits: MigrationLimits::default(),
         remove_source: true,
+        source_file: Some(file(1)),
+    }
+}
+
+fn file(ino: u64) -> FileIdentity {
+    FileIdentity {
+        dev: 1,
+        boot: "this".into(),
+        ino,
+        born_ns: Some(ino),
+    }
+}
+
+fn files() -> JobFiles {
+    JobFiles {
+        destination: file(2),
+        journal: file(3),
     }
 }
 
@@ -160,7 +179,7 @@ fn the_commit_moves_binding_and_job_together() {
     );
     // Not before the destination is the job's.
     assert!(inventory.commit_job(&job.id).is_err());
-    inventory.job_running(&job.id, 42).unwrap();
+    inventory.job_running(&job.id, &files()).unwrap();
     inventory.commit_job(&job.id).unwrap();
     drop(inventory);
     let inventory = Inventory::open(&path).unwrap();
@@ -168,10 +187,10 @@ fn the_commit_moves_binding_and_job_together() {
     assert_eq!(disk.image, PathBuf::from("/fast/root.raw"));
     assert_eq!(disk.datastore.as_deref(), Some("fast"));
     let mut job = inventory.job(&job.id).unwrap();
-    assert_eq!((job.state, job.inode), (JobState::Committed, Some(42)));
+    assert_eq!((job.state, job.files), (JobState::Committed, Some(files())));
     // A committed job can neither be committed again nor be undone nor be forgotten.
     assert!(inventory.commit_job(&job.id).is_err());
-    assert!(inventory.abort_job(&job.id, &why()).is_err());
+    assert!(inventory.abort_job(&job.id, Some(&why())).is_err());
     inventory.drop_job(&job.id).unwrap();
     assert_eq!(inventory.active_jobs("web1").unwrap().len(), 1);
     job.status.phase = Phase::Completed;
@@ -188,9 +207,9 @@ fn an_aborted_job_never_commits() {
     let dir = tempfile::tempdir().unwrap();
     let inventory = with_vm(&dir.path().join("i"));
     let job = inventory.reserve_job(&new_job()).unwrap();
-    inventory.job_running(&job.id, 1).unwrap();
-    inventory.abort_job(&job.id, &why()).unwrap();
-    inventory.abort_job(&job.id, &why()).unwrap();
+    inventory.job_running(&job.id, &files()).unwrap();
+    inventory.abort_job(&job.id, Some(&why())).unwrap();
+    inventory.abort_job(&job.id, Some(&why())).unwrap();
     let kept = inventory.job(&job.id).unwrap().status.failure;
     assert_eq!(kept.unwrap().id(), "host.no-such-vm");
     let seen = inventory.commit_job(&job.id).unwrap_err();
@@ -209,7 +228,7 @@ fn a_commit_whose_disk_moved_meanwhile_changes_nothing() {
             ..new_job()
         })
         .unwrap();
-    inventory.job_running(&job.id, 1).unwrap();
+    inventory.job_running(&job.id, &files()).unwrap();
     assert!(inventory.commit_job(&job.id).is_err());
     assert_eq!(inventory.job(&job.id).unwrap().state, JobState::Running);
 }

@@ -8,17 +8,20 @@ use strake_api::spec::VmSpec;
 use strake_observe::{Observation, Result};
 
 use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
+use crate::FileIdentity;
 use crate::observations::{InventoryCorrupt, NicConflict, NoSuchVm, VmExists};
 
 /// What the inventory remembers of a VM's state: what a daemon that comes back must look for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoredState {
-    /// No monitor.
+    /// No monitor, or one whose guest has ended.
     Stopped,
     /// A monitor may have been started; whether it was configured is not known.
     Starting,
     /// A monitor runs the guest.
     Running,
+    /// The guest asked for a reset: the VM is to be started again once its monitor has ended.
+    Restarting,
     /// The monitor ended by itself; `last_exit` says why.
     Failed,
 }
@@ -29,14 +32,21 @@ impl StoredState {
             Self::Stopped => "stopped",
             Self::Starting => "starting",
             Self::Running => "running",
+            Self::Restarting => "restarting",
             Self::Failed => "failed",
         }
     }
 
     fn parse(name: &str) -> Option<Self> {
-        [Self::Stopped, Self::Starting, Self::Running, Self::Failed]
-            .into_iter()
-            .find(|state| state.name() == name)
+        [
+            Self::Stopped,
+            Self::Starting,
+            Self::Running,
+            Self::Restarting,
+            Self::Failed,
+        ]
+        .into_iter()
+        .find(|state| state.name() == name)
     }
 }
 
@@ -80,6 +90,8 @@ pub struct DiskRecord {
     pub read_only: bool,
     /// Whether Strake created the image.
     pub created: bool,
+    /// Which file the image was when a monitor last got it.
+    pub file: Option<FileIdentity>,
 }
 
 /// A network interface.
@@ -211,16 +223,39 @@ impl Inventory {
         })
     }
 
-    /// Notes that a monitor is about to be started.
+    /// Notes that a monitor is about to be started with these files as its disks.
     ///
     /// # Errors
     /// [`NoSuchVm`], or the inventory cannot be written.
-    pub fn vm_starting(&self, name: &str) -> Result<()> {
+    pub fn vm_starting(&self, name: &str, files: &[(String, FileIdentity)]) -> Result<()> {
+        self.write("change a VM", |tx| {
+            for (disk, file) in files {
+                tx.execute(
+                    "UPDATE disks SET file = ?3 WHERE vm = ?1 AND name = ?2",
+                    params![name, disk, to_json(name, file)?],
+                )?;
+            }
+            let changed = tx.execute(
+                "UPDATE vms SET revision = revision + 1, state = 'starting', pid = NULL,
+                     pid_start = NULL, started_ms = NULL WHERE name = ?1",
+                params![name],
+            )?;
+            match changed {
+                0 => Err(missing(name).into()),
+                _ => Ok(()),
+            }
+        })
+    }
+
+    /// Notes that the guest has ended and why; its monitor is still there.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_ending(&self, name: &str, state: StoredState, why: &ExitReason) -> Result<()> {
         self.change(
             name,
-            "UPDATE vms SET revision = revision + 1, state = 'starting', pid = NULL,
-                 pid_start = NULL, started_ms = NULL WHERE name = ?1",
-            params![name],
+            "UPDATE vms SET revision = revision + 1, state = ?2, last_exit = ?3 WHERE name = ?1",
+            params![name, state.name(), to_json(name, why)?],
         )
     }
 
@@ -269,8 +304,13 @@ impl Inventory {
 
 pub(super) fn users_of_image(db: &Connection, image: &Path) -> Attempt<Vec<(String, DiskRecord)>> {
     let mut statement = db.prepare(&format!("{DISK}, vm FROM disks WHERE image = ?1"))?;
-    let rows = statement.query_map([text(image)?], |row| Ok((row.get(7)?, disk(row)?)))?;
-    Ok(rows.collect::<rusqlite::Result<_>>()?)
+    let rows = statement.query_map([text(image)?], |row| {
+        Ok((row.get::<_, String>(8)?, disk(row)?))
+    })?;
+    let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
+    rows.into_iter()
+        .map(|(vm, raw)| Ok((vm, raw.known()?)))
+        .collect()
 }
 
 /// Paths are text in the inventory, as in specs and in JSON.
@@ -298,10 +338,25 @@ fn exists(db: &Connection, name: &str) -> Attempt<bool> {
         .is_some())
 }
 
-const DISK: &str = "SELECT name, slot, image, datastore, size, read_only, created";
+const DISK: &str = "SELECT name, slot, image, datastore, size, read_only, created, file";
 
-fn disk(row: &Row<'_>) -> rusqlite::Result<DiskRecord> {
-    Ok(DiskRecord {
+/// A disk whose file is still text.
+struct RawDisk {
+    record: DiskRecord,
+    file: Option<String>,
+}
+
+impl RawDisk {
+    fn known(self) -> Result<DiskRecord> {
+        let Self { mut record, file } = self;
+        let name = || format!("disk '{}'", record.name);
+        record.file = file.map(|file| from_json(&name(), &file)).transpose()?;
+        Ok(record)
+    }
+}
+
+fn disk(row: &Row<'_>) -> rusqlite::Result<RawDisk> {
+    let record = DiskRecord {
         name: row.get(0)?,
         slot: row.get(1)?,
         image: PathBuf::from(row.get::<_, String>(2)?),
@@ -309,6 +364,11 @@ fn disk(row: &Row<'_>) -> rusqlite::Result<DiskRecord> {
         size: from_sql(row.get(4)?),
         read_only: row.get(5)?,
         created: row.get(6)?,
+        file: None,
+    };
+    Ok(RawDisk {
+        record,
+        file: row.get(7)?,
     })
 }
 
@@ -358,7 +418,10 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
             "{DISK} FROM disks WHERE vm = ?1 ORDER BY position"
         ))?
         .query_map([name], disk)?
-        .collect::<rusqlite::Result<_>>()?;
+        .collect::<rusqlite::Result<Vec<_>>>()?
+        .into_iter()
+        .map(RawDisk::known)
+        .collect::<Result<_>>()?;
     let nics = db
         .prepare("SELECT name, slot, tap, bridge, mac FROM nics WHERE vm = ?1 ORDER BY position")?
         .query_map([name], nic)?

@@ -6,14 +6,16 @@
 //! packet socket is atomic, so they need no lock among themselves. The one lock (`waiting`) is
 //! held only to enter or leave the table, never while anything waits.
 //!
-//! The events' channel is bounded: a monitor that floods it is read no further until the
-//! supervisor has caught up.
+//! Events never hold up a reply: the reader waits for nobody. How many of them may wait for the
+//! supervisor is bounded all the same. Observations beyond [`OBSERVED_BACKLOG`] are dropped, and a
+//! monitor with more than [`EVENT_BACKLOG`] events of other kinds loses its connection; on the next
+//! one the supervisor asks for the state and for the jobs, as after every loss.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -27,8 +29,11 @@ use strake_observe::{Because, OsContext, Result};
 use super::packet::{self, Received};
 use crate::observations::{MonitorLost, MonitorMismatch, MonitorRefused, MonitorSilent};
 
-/// How many events may wait for the supervisor.
-const EVENT_BACKLOG: usize = 256;
+/// How many events may wait for the supervisor before observations are dropped.
+const OBSERVED_BACKLOG: usize = 256;
+
+/// How many events may wait for the supervisor at all.
+const EVENT_BACKLOG: usize = 1024;
 
 /// How long a send may wait for a monitor that does not read.
 const SEND_PATIENCE: Duration = Duration::from_secs(10);
@@ -42,6 +47,60 @@ pub(crate) enum Incoming {
     Event(Event),
     /// The connection has ended; nothing more comes.
     Closed,
+}
+
+/// The supervisor's end of what comes unasked.
+#[derive(Debug)]
+pub(crate) struct Events {
+    incoming: Receiver<Incoming>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Events {
+    /// Waits for the next. After the connection's end it says nothing but `Closed`.
+    pub(crate) fn next(&self) -> Incoming {
+        self.taken(self.incoming.recv().ok())
+    }
+
+    /// The next, if one comes soon.
+    pub(crate) fn next_within(&self, patience: Duration) -> Option<Incoming> {
+        match self.incoming.recv_timeout(patience) {
+            Err(RecvTimeoutError::Timeout) => None,
+            incoming => Some(self.taken(incoming.ok())),
+        }
+    }
+
+    fn taken(&self, incoming: Option<Incoming>) -> Incoming {
+        if matches!(incoming, Some(Incoming::Event(_))) {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        // A channel without a sender says the same as the connection's last word.
+        incoming.unwrap_or(Incoming::Closed)
+    }
+}
+
+/// The reader's end of it.
+struct EventSink {
+    events: Sender<Incoming>,
+    /// Only counts; what is counted is handed over by the channel.
+    waiting: Arc<AtomicUsize>,
+}
+
+impl EventSink {
+    /// Never waits; `false` if the monitor says more than anybody can follow.
+    fn put(&self, event: Event) -> bool {
+        let backlog = self.waiting.load(Ordering::Relaxed);
+        if backlog >= OBSERVED_BACKLOG && matches!(event, Event::Observed(_)) {
+            tracing::debug!("an observation of a monitor is dropped: too many wait");
+            return true;
+        }
+        if backlog >= EVENT_BACKLOG {
+            tracing::warn!("a monitor floods its connection with events");
+            return false;
+        }
+        self.waiting.fetch_add(1, Ordering::Relaxed);
+        self.events.send(Incoming::Event(event)).is_ok()
+    }
 }
 
 /// What a monitor says of itself.
@@ -78,7 +137,12 @@ impl std::fmt::Debug for Answer {
 
 impl Connection {
     /// Connects to the control socket at `path` and says hello.
-    pub(crate) fn open(path: &Path) -> Result<(Self, Greeting, Receiver<Incoming>)> {
+    pub(crate) fn open(path: &Path) -> Result<(Self, Greeting, Events)> {
+        Self::open_within(path, QUICK)
+    }
+
+    /// The same, but the monitor has to answer the hello within `patience`.
+    pub(crate) fn open_within(path: &Path, patience: Duration) -> Result<(Self, Greeting, Events)> {
         let object = path.display();
         let socket = socket_with(
             AddressFamily::UNIX,
@@ -93,18 +157,39 @@ impl Connection {
             .os("setsockopt(SO_SNDTIMEO)", &object)?;
         let address = SocketAddrUnix::new(path).os("connect", &object)?;
         connect(&socket, &address).os("connect", &object)?;
-        let (events, incoming) = sync_channel(EVENT_BACKLOG);
+        let (events, incoming) = channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let sink = EventSink {
+            events,
+            waiting: Arc::clone(&waiting),
+        };
         let this = Self {
             socket: Arc::new(socket),
             waiting: Arc::new(Mutex::new(Some(HashMap::new()))),
             next: AtomicU64::new(1),
         };
-        this.read(events)?;
-        let greeting = this.hello()?;
-        Ok((this, greeting, incoming))
+        this.read(sink)?;
+        let greeting = this.hello(patience)?;
+        Ok((this, greeting, Events { incoming, waiting }))
     }
 
-    fn read(&self, events: SyncSender<Incoming>) -> Result<()> {
+    /// Stands for a connection to a monitor that cannot be reached yet: every call fails at once.
+    pub(crate) fn lost() -> Result<Self> {
+        let socket = socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .os("socket", "a control socket")?;
+        Ok(Self {
+            socket: Arc::new(socket),
+            waiting: Arc::new(Mutex::new(None)),
+            next: AtomicU64::new(1),
+        })
+    }
+
+    fn read(&self, events: EventSink) -> Result<()> {
         let socket = Arc::clone(&self.socket);
         let waiting = Arc::clone(&self.waiting);
         std::thread::Builder::new()
@@ -127,15 +212,15 @@ impl Connection {
                 }
                 let _ = shutdown(&*socket, Shutdown::Both);
                 drop(lock(&waiting).take());
-                let _ = events.send(Incoming::Closed);
+                let _ = events.events.send(Incoming::Closed);
             })
             .os("clone", "a reader thread")
             .map(drop)
     }
 
-    fn hello(&self) -> Result<Greeting> {
+    fn hello(&self, patience: Duration) -> Result<Greeting> {
         let version = PROTOCOL_VERSION;
-        let answer = self.ask("hello", Request::Hello { version }, &[], QUICK)?;
+        let answer = self.ask("hello", Request::Hello { version }, &[], patience)?;
         let mismatch = |said: String| MonitorMismatch {
             said,
             expected: format!("one of protocol {PROTOCOL_VERSION}"),
@@ -231,8 +316,8 @@ fn lock(waiting: &Waiting) -> std::sync::MutexGuard<'_, Option<HashMap<u64, Sync
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Hands on what came; `false` if nobody listens any more.
-fn dispatch(received: Received, waiting: &Waiting, events: &SyncSender<Incoming>) -> bool {
+/// Hands on what came, and waits for nobody; `false` if the connection is to end.
+fn dispatch(received: Received, waiting: &Waiting, events: &EventSink) -> bool {
     match received.packet.body {
         Body::Reply(reply) => {
             let caller = lock(waiting)
@@ -247,7 +332,7 @@ fn dispatch(received: Received, waiting: &Waiting, events: &SyncSender<Incoming>
             }
             true
         }
-        Body::Event(event) => events.send(Incoming::Event(event)).is_ok(),
+        Body::Event(event) => events.put(event),
         Body::Request(_) => true,
     }
 }

@@ -91,13 +91,13 @@ impl Process {
     }
 
     /// How it ended, if it was a child of ours. Also takes its exit status from the kernel.
-    pub(crate) fn how_it_ended(&self) -> Option<String> {
+    pub(crate) fn how_it_ended(&self) -> Option<Ending> {
         let deadline = Instant::now() + REAP_PATIENCE;
         loop {
             let ended = self.with_child(|child| child.try_wait());
             match ended {
                 None | Some(Err(_)) => return None,
-                Some(Ok(Some(status))) => return Some(told(status)),
+                Some(Ok(Some(status))) => return Some(Ending::of(status)),
                 Some(Ok(None)) if Instant::now() >= deadline => return None,
                 Some(Ok(None)) => std::thread::sleep(Duration::from_millis(10)),
             }
@@ -110,27 +110,47 @@ impl Process {
     }
 }
 
-fn told(status: ExitStatus) -> String {
-    match (status.signal(), status.code()) {
-        (Some(signal), _) => {
-            let name = match signal {
-                libc::SIGABRT => " (SIGABRT)",
-                libc::SIGBUS => " (SIGBUS)",
-                libc::SIGILL => " (SIGILL)",
-                libc::SIGKILL => " (SIGKILL)",
-                libc::SIGSEGV => " (SIGSEGV)",
-                libc::SIGSYS => " (SIGSYS: a system call that its jail forbids)",
-                libc::SIGTERM => " (SIGTERM)",
-                _ => "",
-            };
-            format!("signal {signal}{name}")
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ending {
+    Signal(i32),
+    Status(i32),
+}
+
+impl Ending {
+    fn of(status: ExitStatus) -> Self {
+        match (status.signal(), status.code()) {
+            (Some(signal), _) => Self::Signal(signal),
+            (None, code) => Self::Status(code.unwrap_or_default()),
         }
-        // The monitor's handler of SIGSYS ends it so, after a line in its log.
-        (None, Some(code)) if code == 128 + libc::SIGSYS => {
-            format!("exit status {code} (SIGSYS: a system call that its jail forbids)")
+    }
+
+    /// Whether it made a system call that its jail forbids. The kernel ends it so, or the
+    /// monitor's own handler of the signal does after a line in its log.
+    pub(crate) fn broke_out(self) -> bool {
+        self == Self::Signal(libc::SIGSYS) || self == Self::Status(128 + libc::SIGSYS)
+    }
+}
+
+impl std::fmt::Display for Ending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match *self {
+            Self::Signal(signal) => {
+                let name = match signal {
+                    libc::SIGABRT => " (SIGABRT)",
+                    libc::SIGBUS => " (SIGBUS)",
+                    libc::SIGILL => " (SIGILL)",
+                    libc::SIGKILL => " (SIGKILL)",
+                    libc::SIGSEGV => " (SIGSEGV)",
+                    libc::SIGSYS => " (SIGSYS)",
+                    libc::SIGTERM => " (SIGTERM)",
+                    _ => "",
+                };
+                write!(f, "signal {signal}{name}")
+            }
+            Self::Status(code) if self.broke_out() => write!(f, "exit status {code} (SIGSYS)"),
+            Self::Status(code) => write!(f, "exit status {code}"),
         }
-        (None, Some(code)) => format!("exit status {code}"),
-        (None, None) => status.to_string(),
     }
 }
 

@@ -83,7 +83,7 @@ fn replies_find_their_callers_and_events_their_channel() {
     let call = |name, request, patience| connection.call(name, request, &[], patience);
     assert_eq!(call("pause", Request::Pause, QUICK).unwrap(), Reply::Done);
     assert!(matches!(
-        events.recv().unwrap(),
+        events.next(),
         Incoming::Event(Event::State(RunState::Paused))
     ));
     let seen = call("resume", Request::Resume, QUICK).unwrap_err();
@@ -93,9 +93,54 @@ fn replies_find_their_callers_and_events_their_channel() {
     assert_eq!(seen.id(), "host.monitor-silent");
     let seen = call("stop", Request::Stop, QUICK).unwrap_err();
     assert_eq!(seen.id(), "host.monitor-lost");
-    assert!(matches!(events.recv().unwrap(), Incoming::Closed));
+    assert!(matches!(events.next(), Incoming::Closed));
     let seen = call("status", Request::Status, QUICK).unwrap_err();
     assert_eq!(seen.id(), "host.monitor-lost");
+}
+
+#[test]
+fn a_flood_of_events_holds_up_no_reply() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    monitor(&path, |request| {
+        Some(match request {
+            Request::Hello { .. } => vec![hello(1)],
+            // More than anybody keeps, before the reply.
+            Request::Status => {
+                let seen = Body::Event(Event::Observed(leaf()));
+                let mut bodies = vec![seen; 2000];
+                bodies.push(Body::Event(Event::State(RunState::Paused)));
+                bodies.push(Body::Reply(Reply::Done));
+                bodies
+            }
+            _ => {
+                let state = Body::Event(Event::State(RunState::Running));
+                let mut bodies = vec![state; 2000];
+                bodies.push(Body::Reply(Reply::Done));
+                bodies
+            }
+        })
+    });
+    let (connection, _, events) = Connection::open(&path).unwrap();
+    let reply = connection.call("status", Request::Status, &[], QUICK);
+    assert_eq!(reply.unwrap(), Reply::Done);
+    // Observations were dropped; what changes the state was not.
+    let mut count = 0;
+    loop {
+        match events.next() {
+            Incoming::Event(Event::Observed(_)) => count += 1,
+            Incoming::Event(event) => {
+                assert_eq!(event, Event::State(RunState::Paused));
+                break;
+            }
+            Incoming::Closed => panic!("closed"),
+        }
+    }
+    assert!((1..2000).contains(&count), "{count}");
+    // A flood of events that count ends the connection, so that the state is asked for again.
+    let seen = connection.call("pause", Request::Pause, &[], QUICK);
+    assert_eq!(seen.unwrap_err().id(), "host.monitor-lost");
+    while let Incoming::Event(_) = events.next() {}
 }
 
 #[test]
@@ -119,7 +164,10 @@ fn a_process_is_known_by_its_start_and_its_end_is_told() {
     assert!(Process::find(pid, started + 1).is_none());
     process.kill();
     assert!(process.wait(Duration::from_secs(5)));
-    assert_eq!(process.how_it_ended().unwrap(), "signal 9 (SIGKILL)");
+    assert_eq!(
+        process.how_it_ended().unwrap().to_string(),
+        "signal 9 (SIGKILL)"
+    );
     assert!(Process::find(pid, started).is_none());
     assert!(Process::hold(u32::MAX, None).is_err());
 }

@@ -62,7 +62,9 @@ fn own(id: &str) -> Option<StatusCode> {
         | "host.job-not-active"
         | "host.monitor-unreachable" => StatusCode::CONFLICT,
         "host.datastore-full" => StatusCode::INSUFFICIENT_STORAGE,
-        "host.stop-timed-out" | "host.monitor-silent" => StatusCode::GATEWAY_TIMEOUT,
+        "host.stop-timed-out" | "host.monitor-silent" | "host.start-unclear" => {
+            StatusCode::GATEWAY_TIMEOUT
+        }
         "host.datastore-unavailable" | "host.kvm-unavailable" | "host.tap-unavailable" => {
             StatusCode::SERVICE_UNAVAILABLE
         }

@@ -12,7 +12,9 @@ use rustix::io::Errno;
 use strake_api::spec::SECTOR;
 use strake_observe::{Because, OsContext, Result};
 
+use super::identity::FileIdentity;
 use super::lock::{self, Share};
+use super::removal::{self, Claim, Removal};
 use super::store;
 use crate::config::show;
 use crate::observations::{
@@ -154,7 +156,12 @@ fn open_direct(path: &Path, mode: Mode, exclusive: bool) -> Result<File> {
     .because_of(|| not_opened(path))
 }
 
-fn take_lock(file: &File, path: &Path, mode: Mode, user: impl Fn() -> String) -> Result<()> {
+pub(super) fn take_lock(
+    file: &File,
+    path: &Path,
+    mode: Mode,
+    user: impl Fn() -> String,
+) -> Result<()> {
     let share = match mode {
         Mode::Read => Share::WithReaders,
         Mode::Write => Share::Alone,
@@ -175,23 +182,38 @@ fn take_lock(file: &File, path: &Path, mode: Mode, user: impl Fn() -> String) ->
     }
 }
 
+/// An image that was just created: open, locked, and known.
+#[derive(Debug)]
+pub(crate) struct NewImage {
+    pub(crate) fd: OwnedFd,
+    pub(crate) identity: FileIdentity,
+}
+
 /// Creates an empty image of exactly `size` bytes where nothing is yet, locked, and durable by
 /// name. Nothing is left behind if that fails.
-pub(crate) fn create(path: &Path, size: u64) -> Result<OwnedFd> {
+pub(crate) fn create(path: &Path, size: u64) -> Result<NewImage> {
     let not_created = || ImageNotCreated {
         path: show(path),
         size,
     };
-    OpenOptions::new()
+    let made = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
         .open(path)
         .os("open", path.display())
-        .because_of(not_created)
-        .map(drop)?;
-    let guard = Created(Some(path.to_owned()));
+        .because_of(not_created)?;
+    let identity = FileIdentity::of(&made, path)?;
+    let guard = Created::new(path, &identity);
     let file = open_direct(path, Mode::Write, false).because_of(not_created)?;
+    if !FileIdentity::of(&file, path)?.is(&identity) {
+        return Err(refused(
+            path,
+            "another file took its place while it was being created",
+            "leave the directory alone meanwhile",
+        ))
+        .because_of(not_created);
+    }
     if let Err(error) = file.set_len(size) {
         let too_small = error.raw_os_error() == Some(Errno::FBIG.raw_os_error());
         let seen = Err(error).os("ftruncate", path.display());
@@ -212,16 +234,19 @@ pub(crate) fn create(path: &Path, size: u64) -> Result<OwnedFd> {
         store::sync(directory).because_of(not_created)?;
     }
     guard.keep();
-    Ok(file.into())
+    Ok(NewImage {
+        fd: file.into(),
+        identity,
+    })
 }
 
 /// A file that goes again unless it is kept.
 #[derive(Debug)]
-pub(crate) struct Created(Option<PathBuf>);
+pub(crate) struct Created(Option<(PathBuf, FileIdentity)>);
 
 impl Created {
-    pub(crate) fn new(path: PathBuf) -> Self {
-        Self(Some(path))
+    pub(crate) fn new(path: &Path, identity: &FileIdentity) -> Self {
+        Self(Some((path.to_owned(), identity.clone())))
     }
 
     pub(crate) fn keep(mut self) {
@@ -231,16 +256,17 @@ impl Created {
 
 impl Drop for Created {
     fn drop(&mut self) {
-        if let Some(path) = self.0.take()
-            && let Err(seen) = store::remove_file(&path)
+        if let Some((path, identity)) = self.0.take()
+            && let Err(seen) = removal::remove(&path, &identity, Claim::Ours)
         {
             tracing::warn!(%seen, "an unfinished file stays behind");
         }
     }
 }
 
-/// Removes an image that is a regular file; block devices stay as they are.
-pub(crate) fn remove(path: &Path, what: &str) -> Result<()> {
+/// Removes an image that is a regular file and that nobody uses; block devices stay as they are.
+/// With `identity`, only if it is that file.
+pub(crate) fn remove(path: &Path, identity: Option<&FileIdentity>, what: &str) -> Result<()> {
     let not_removed = || NotRemoved {
         path: show(path),
         what: what.to_owned(),
@@ -250,10 +276,21 @@ pub(crate) fn remove(path: &Path, what: &str) -> Result<()> {
         Ok(_) => return Ok(()),
         Err(seen) => return Err(seen).because_of(not_removed),
     }
-    store::remove_file(path).because_of(not_removed)?;
-    match path.parent() {
-        Some(directory) => store::sync(directory).because_of(not_removed),
-        None => Ok(()),
+    let removed = match identity {
+        Some(identity) => removal::remove(path, identity, Claim::Unused),
+        None => match FileIdentity::at(path).because_of(not_removed)? {
+            Some(identity) => removal::remove(path, &identity, Claim::Unused),
+            None => return Ok(()),
+        },
+    };
+    match removed.because_of(not_removed)? {
+        Removal::Gone => Ok(()),
+        Removal::Another => Err(refused(
+            path,
+            "another file has taken its place",
+            "look at what it is: it was left alone",
+        ))
+        .because_of(not_removed),
     }
 }
 

@@ -3,7 +3,9 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
+use super::identity::FileIdentity;
 use super::image::{self, Mode};
+use super::removal::{self, Claim, Removal};
 use super::store;
 
 fn nobody() -> String {
@@ -107,4 +109,47 @@ fn a_datastore_is_a_reachable_directory_with_room() {
     }
     let seen = store::room("gone", &dir.path().join("gone")).unwrap_err();
     assert_eq!(seen.id(), "host.datastore-unavailable");
+}
+
+#[test]
+fn only_the_file_that_is_meant_is_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.raw");
+    let meant = image::create(&path, 4096).unwrap().identity;
+    // Removed and made again: often with the same inode number.
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, b"precious").unwrap();
+    for claim in [Claim::Unused, Claim::Ours] {
+        let found = removal::remove(&path, &meant, claim).unwrap();
+        assert_eq!(found, Removal::Another);
+    }
+    let seen = image::remove(&path, Some(&meant), "a test").unwrap_err();
+    assert_eq!(seen.id(), "host.not-removed");
+    assert!(seen.find("host.image-refused").is_some());
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+    let now = FileIdentity::at(&path).unwrap().unwrap();
+    assert_eq!(
+        removal::remove(&path, &now, Claim::Unused).unwrap(),
+        Removal::Gone
+    );
+    assert!(!path.exists());
+    assert_eq!(
+        removal::remove(&path, &now, Claim::Unused).unwrap(),
+        Removal::Gone
+    );
+}
+
+#[test]
+fn an_image_that_somebody_uses_is_not_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.raw");
+    let made = image::create(&path, 4096).unwrap();
+    let seen = image::remove(&path, Some(&made.identity), "a test").unwrap_err();
+    assert!(seen.find("host.image-in-use").is_some(), "{seen}");
+    let seen = removal::remove_stale(&path).unwrap_err();
+    assert_eq!(seen.id(), "host.image-in-use");
+    assert!(path.exists());
+    drop(made.fd);
+    image::remove(&path, Some(&made.identity), "a test").unwrap();
+    assert!(!path.exists());
 }

@@ -313,6 +313,64 @@ impl World {
     }
 }
 
+/// A small file system of its own; unmounted with this.
+pub(crate) struct Mounted(PathBuf);
+
+impl Mounted {
+    /// `None` without the right to mount.
+    pub(crate) fn at(path: &Path, size: &str) -> Option<Self> {
+        std::fs::create_dir_all(path).unwrap();
+        let status = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"])
+            .arg(path)
+            .status();
+        if status.is_ok_and(|status| status.success()) {
+            return Some(Self(path.to_owned()));
+        }
+        eprintln!("skipped: no right to mount a tmpfs");
+        None
+    }
+
+    /// Leaves no room on it.
+    pub(crate) fn fill(&self) -> PathBuf {
+        let filler = self.0.join("filler");
+        let mut file = std::fs::File::create(&filler).unwrap();
+        while file.write_all(&[0; 4096]).is_ok() {}
+        filler
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// A world whose state directory is a small file system of its own.
+pub(crate) fn small_state() -> Option<(Mounted, World)> {
+    let dir = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mounted = Mounted::at(&dir.path().join("state"), "2M")?;
+    Some((mounted, World::in_directory(dir)))
+}
+
+/// What the monitor of `web1` wrote to its log.
+pub(crate) fn monitor_log(world: &World) -> String {
+    std::fs::read_to_string(world.path("run/vms/web1/monitor.log")).unwrap_or_default()
+}
+
+/// Connects to the monitor in the daemon's place, so that the daemon has to connect again.
+pub(crate) fn steal_connection(world: &World) {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, connect, socket};
+    let path = world.path("run/vms/web1/control.sock");
+    let socket = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    connect(&socket, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+}
+
+pub(crate) fn signal(pid: u32, signal: rustix::process::Signal) {
+    let pid = rustix::process::Pid::from_raw(pid.try_into().unwrap()).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
+}
+
 pub(crate) const MIGRATE: &str = "/v1/vms/web1/disks/root/migrate";
 
 impl Drop for World {
