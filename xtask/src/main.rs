@@ -119,11 +119,7 @@ fn run(task: Task) -> Result<ExitCode> {
                 .into_iter()
                 .chain(arguments.words)
                 .collect();
-            let debian = if words.len() == 1 || words.iter().any(|word| word.contains("debian")) {
-                Debian::Attached
-            } else {
-                Debian::Absent
-            };
+            let debian = Debian::for_tests(words.get(1..).unwrap_or_default());
             let limit = Duration::from_secs(arguments.timeout);
             let status = whole::run(&whole::command(&words, debian, limit)?)?;
             Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))

@@ -24,6 +24,20 @@ pub enum Debian {
     Absent,
 }
 
+impl Debian {
+    /// Whether the tests chosen by these words need it.
+    #[must_use]
+    pub fn for_tests(words: &[String]) -> Self {
+        // The only one that does, see `tests/src/cases/boot.rs`.
+        let test = "boots-debian-from-its-own-disk";
+        if words.is_empty() || words.iter().any(|word| test.contains(word.as_str())) {
+            Self::Attached
+        } else {
+            Self::Absent
+        }
+    }
+}
+
 /// Where whole-system commands run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Place {

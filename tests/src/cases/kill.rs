@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use strake_host::CRASH_POINTS;
 
+use super::power::{OwnTap, booted_anew, reset};
 use crate::check;
 use crate::failure::{Failure, Outcome, While};
 use crate::host::Host;
@@ -28,6 +29,10 @@ pub(super) const TESTS: &[Test] = &[
         run: daemon_at_start,
     },
     Test {
+        name: "daemon-killed-while-a-guest-resets",
+        run: daemon_at_reset,
+    },
+    Test {
         name: "daemon-killed-at-random-instants",
         run: daemon_at_random,
     },
@@ -37,15 +42,20 @@ pub(super) const TESTS: &[Test] = &[
     },
 ];
 
-/// The crash points that a start passes; all others lie on the way of a migration.
-fn of_a_start(point: &str) -> bool {
-    [
-        "before-spawn",
-        "after-spawn",
-        "after-configure",
-        "after-start",
-    ]
-    .contains(&point)
+/// The crash points that a start passes.
+const OF_A_START: &[&str] = &[
+    "before-spawn",
+    "after-spawn",
+    "after-configure",
+    "after-start",
+];
+
+/// The crash points that the reset of a guest passes before it starts again.
+const OF_A_RESET: &[&str] = &["after-exit-recorded", "before-restart"];
+
+/// All others lie on the way of a migration.
+fn of_a_migration(point: &str) -> bool {
+    !OF_A_START.contains(&point) && !OF_A_RESET.contains(&point)
 }
 
 /// The store that the disk is not on.
@@ -107,7 +117,7 @@ fn daemon_at_points(name: &str) -> Outcome {
     let vm = Vm::boot(&mut host, Shape::default())?;
     let stamps = Stamps::start(vm.guest(), "--rate 100")?;
     let monitor = vm.pid(&host)?;
-    for point in CRASH_POINTS.iter().filter(|point| !of_a_start(point)) {
+    for point in CRASH_POINTS.iter().filter(|point| of_a_migration(point)) {
         daemon_at_point(&mut host, &vm, &stamps, point)
             .and_then(|()| {
                 check!(vm.pid(&host)? == monitor, "the monitor was replaced");
@@ -172,7 +182,7 @@ fn daemon_at_start(name: &str) -> Outcome {
     let mut host = Host::start(name)?;
     let vm = Vm::new("vm", 1, Shape::default());
     vm.create(&host)?;
-    for point in CRASH_POINTS.iter().filter(|point| of_a_start(point)) {
+    for point in OF_A_START {
         host.kill_daemon();
         host.start_daemon(&[("STRAKE_CRASH_AT", point)])?;
         let client = host.in_background(&["start", "vm"])?;
@@ -194,6 +204,38 @@ fn daemon_at_start(name: &str) -> Outcome {
     vm.start(&mut host)?;
     vm.wait_for_guest(&host)?;
     vm.force_off(&host)
+}
+
+/// A guest that wanted to start again does so under the next daemon, and one that wanted to end
+/// has ended.
+fn daemon_at_reset(name: &str) -> Outcome {
+    let mut host = Host::start(name)?;
+    let vm = Vm::new("vm", 1, Shape::default());
+    let _tap = OwnTap::make(&vm.tap())?;
+    vm.create(&host)?;
+    vm.start(&mut host)?;
+    vm.wait_for_guest(&host)?;
+    for point in OF_A_RESET {
+        host.kill_daemon();
+        host.start_daemon(&[("STRAKE_CRASH_AT", point)])?;
+        reset(vm.guest())?;
+        host.daemon_ends(Duration::from_secs(60))
+            .and_then(|()| host.start_daemon(&[]))
+            .and_then(|()| booted_anew(vm.guest()))
+            .doing(format!("killed {point}"))?;
+        host.knows_monitor(vm.pid(&host)?);
+    }
+    host.kill_daemon();
+    host.start_daemon(&[("STRAKE_CRASH_AT", "after-exit-recorded")])?;
+    let _ = vm.guest().ask(
+        "(sleep 1; poweroff -f) >/dev/null 2>&1 &",
+        Duration::from_secs(20),
+    );
+    host.daemon_ends(Duration::from_secs(60))?;
+    host.start_daemon(&[])?;
+    wait_until("the VM is stopped", Duration::from_secs(60), || {
+        Ok(vm.state(&host)? == "stopped")
+    })
 }
 
 fn daemon_at_random(name: &str) -> Outcome {

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::check;
 use crate::failure::Outcome;
+use crate::guest::Guest;
 use crate::host::Host;
 use crate::process::{sh, wait_until};
 use crate::runner::Test;
@@ -20,7 +21,7 @@ pub(super) const TESTS: &[Test] = &[
     },
 ];
 
-const QUICK: Duration = Duration::from_secs(30);
+const QUICK: Duration = Duration::from_secs(60);
 
 /// The button reaches the guest, and what the guest wrote last is in the image.
 fn power_button(name: &str) -> Outcome {
@@ -61,20 +62,14 @@ fn guest_resets(name: &str) -> Outcome {
             ..Shape::default()
         },
     );
-    // A tap of the operator's own, which outlives each monitor.
     let _tap = OwnTap::make(&vm.tap())?;
     vm.create(&host)?;
     vm.start(&mut host)?;
     vm.wait_for_guest(&host)?;
     let guest = vm.guest();
-    guest.sh("echo before >/dev/vda; sync; touch /tmp/mark", QUICK)?;
-    // The answer may or may not come back before the machine is gone.
-    let _ = guest.ask("(sleep 1; reboot -f) >/dev/null 2>&1 &", QUICK);
-    wait_until("the guest has booted anew", BOOT, || {
-        Ok(guest
-            .ask("test ! -e /tmp/mark", Duration::from_secs(5))
-            .is_ok_and(|(gone, _)| gone == 0))
-    })?;
+    guest.sh("echo before >/dev/vda; sync", QUICK)?;
+    reset(guest)?;
+    booted_anew(guest)?;
     host.knows_monitor(vm.pid(&host)?);
     let disk = guest.sh("head -c 6 /dev/vda", QUICK)?;
     check!(disk == "before", "after the reset the disk holds {disk:?}");
@@ -92,12 +87,30 @@ fn guest_resets(name: &str) -> Outcome {
     Ok(())
 }
 
-/// A persistent tap device. Gone when dropped.
+/// Lets the guest reset itself in a moment.
+pub(super) fn reset(guest: Guest) -> Outcome {
+    guest.sh("touch /tmp/mark", QUICK)?;
+    // The answer may or may not come back before the machine is gone.
+    let _ = guest.ask("(sleep 1; reboot -f) >/dev/null 2>&1 &", QUICK);
+    Ok(())
+}
+
+/// Waits until a guest answers that has started after [`reset`].
+pub(super) fn booted_anew(guest: Guest) -> Outcome {
+    wait_until("the guest has booted anew", BOOT, || {
+        Ok(guest
+            .ask("test ! -e /tmp/mark", Duration::from_secs(5))
+            .is_ok_and(|(gone, _)| gone == 0))
+    })
+}
+
+/// A persistent tap device, which outlives each monitor as an operator's own does. Gone when
+/// dropped.
 #[derive(Debug)]
-struct OwnTap(String);
+pub(super) struct OwnTap(String);
 
 impl OwnTap {
-    fn make(name: &str) -> Outcome<Self> {
+    pub(super) fn make(name: &str) -> Outcome<Self> {
         sh(&["busybox", "tunctl", "-t", name])?;
         Ok(Self(name.to_owned()))
     }

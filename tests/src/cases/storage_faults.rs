@@ -40,7 +40,7 @@ pub(super) const TESTS: &[Test] = &[
     },
 ];
 
-const QUICK: Duration = Duration::from_secs(30);
+const QUICK: Duration = Duration::from_secs(60);
 
 /// A guest under a light load, whose disk has some 48 MiB allocated.
 fn loaded(host: &mut Host) -> Outcome<(Vm, Stamps)> {
