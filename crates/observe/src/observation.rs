@@ -174,6 +174,18 @@ impl Observation {
         self.0.causes.iter().find_map(|cause| cause.find(id))
     }
 
+    /// The same observation with at most `levels` of causes below it. What came from another process
+    /// may be nested deeper than a JSON reader follows.
+    #[must_use]
+    pub fn cut_below(mut self, levels: usize) -> Self {
+        let causes = std::mem::take(&mut self.0.causes);
+        if let Some(below) = levels.checked_sub(1) {
+            let cut = causes.into_iter().map(|cause| cause.cut_below(below));
+            self.0.causes = cut.collect();
+        }
+        self
+    }
+
     /// The same observation with one more cause.
     #[must_use]
     pub fn because(mut self, cause: impl Into<Observation>) -> Self {

@@ -1,6 +1,7 @@
 //! An observation tree as text for people.
 
 use crate::Observation;
+use crate::os::OsCallFailed;
 
 /// How a tree is drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -12,7 +13,7 @@ pub enum Style {
 }
 
 /// Draws the tree: the top observation and its remedy first, the causes below it with where they
-/// were seen.
+/// were seen, and the remedies of the deepest.
 #[must_use]
 pub fn render(top: &Observation, style: Style) -> String {
     let mut out = String::new();
@@ -51,11 +52,18 @@ fn branches(out: &mut String, of: &Observation, indent: &str, dim: &str, off: &s
         ));
         let indent = format!("{indent}{below}");
         out.push_str(&format!("{indent}{dim}seen by {}{off}\n", seen_by(cause)));
-        if cause.causes().is_empty() {
+        if says_more(cause) {
             out.push_str(&format!("{indent}remedy: {}\n", printable(cause.remedy())));
         }
         branches(out, cause, &indent, dim, off);
     }
+}
+
+/// Whether a cause's own remedy is drawn. Above other causes it would only say to mend them; above
+/// the operating system's it knows the thing that the system call was made for.
+fn says_more(cause: &Observation) -> bool {
+    let mut below = cause.causes().iter();
+    below.all(|below| below.is::<OsCallFailed>())
 }
 
 fn seen_by(of: &Observation) -> String {

@@ -160,3 +160,30 @@ fn a_watcher_hears_of_each_record() {
     recorder.record(seen, crate::State::Open);
     assert_eq!(heard.load(Ordering::Relaxed), 2);
 }
+
+#[test]
+fn the_deepest_remedies_are_drawn_and_the_one_above_a_system_call() {
+    let job = |job: &str| JobFailed { job: job.into() };
+    let seen = Err::<(), _>(io_failure())
+        .because_of(|| job("inner"))
+        .because_of(|| job("middle"))
+        .because_of(|| job("outer"))
+        .unwrap_err();
+    let text = render(&seen, Style::Plain);
+    assert!(text.contains("remedy: start job 'outer' again"), "{text}");
+    assert!(!text.contains("remedy: start job 'middle' again"), "{text}");
+    assert!(text.contains("remedy: start job 'inner' again"), "{text}");
+    assert!(text.contains("remedy: free space"), "{text}");
+}
+
+#[test]
+fn a_tree_is_cut_below_so_many_levels() {
+    let deep = (0..10).fold(io_failure(), |seen, _| {
+        Observation::from(Plain {}).because(seen)
+    });
+    assert!(deep.clone().cut_below(10).find("os.call-failed").is_some());
+    let cut = deep.clone().cut_below(3);
+    assert!(cut.find("os.call-failed").is_none());
+    assert_eq!(cut.causes()[0].causes()[0].causes().len(), 1);
+    assert!(deep.cut_below(0).causes().is_empty());
+}

@@ -93,7 +93,9 @@ impl Machine {
         }
         let fails = self.told("job=fail");
         let crashes = self.told("job=crash-awaiting");
-        let copied = if fails {
+        let copied = if self.told("job=eio") {
+            Err(rustix::io::Errno::IO).os("pwrite", "the destination, 4096 bytes at offset 8192")
+        } else if fails {
             Err(staged("job=fail"))
         } else {
             self.copy_all(id)

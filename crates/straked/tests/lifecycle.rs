@@ -5,6 +5,7 @@
 mod common;
 
 use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 
 use common::{World, monitors, soon};
 use serde_json::{Value, json};
@@ -360,6 +361,97 @@ fn a_monitor_that_breaks_out_of_its_jail_is_told_as_such() {
     assert!(seen.text().contains("SIGSYS"), "{seen}");
     let why = seen.find("host.monitor-broke-out").unwrap();
     assert!(why.remedy().contains("monitor.log"), "{why}");
+}
+
+/// A loop device on a file; detached with this.
+struct Loop(String);
+
+impl Loop {
+    fn on(file: &std::path::Path) -> Option<Self> {
+        let made = std::process::Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output();
+        match made {
+            Ok(output) if output.status.success() => Some(Self(
+                String::from_utf8(output.stdout).ok()?.trim().to_owned(),
+            )),
+            _ => {
+                eprintln!("skipped: no right to make a loop device");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup")
+            .args(["--detach", &self.0])
+            .status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk() {
+    let world = World::new();
+    let file = world.path("backing");
+    std::fs::File::create(&file)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let Some(device) = Loop::on(&file) else {
+        return;
+    };
+    let body = |name: &str| {
+        let mut body = world.vm_body(name, "");
+        body["spec"]["disk"] = json!([{ "name": "root", "image": device.0 }]);
+        body
+    };
+    let vm: Vm = world.ok("POST", "/v1/vms", &body("web1"));
+    assert_eq!(vm.disks[0].size_bytes, 1 << 20);
+    assert_eq!(vm.disks[0].image, device.0);
+    let (status, seen) = world.refused("POST", "/v1/vms", &body("web2"));
+    assert_eq!(status, 409, "{seen}");
+    world.start("web1");
+    // Nobody else gets it while the VM runs: no second user, no mount.
+    let again = std::fs::OpenOptions::new()
+        .write(true)
+        .custom_flags(libc_o_excl())
+        .open(&device.0);
+    assert_eq!(again.unwrap_err().raw_os_error(), Some(16));
+    world.tell("web1", "write 4096 guest!");
+    // It moves into a datastore as a file, and the device stays as it is.
+    let job: strake_api::rest::Job = world.ok(
+        "POST",
+        common::MIGRATE,
+        &json!({ "to": "fast", "remove_source": true }),
+    );
+    let job = world.wait_for_job(&job);
+    assert_eq!(job.destination, world.text("fast/web1-root.raw"));
+    assert_eq!(job.status.phase, strake_api::job::Phase::Completed);
+    assert!(std::path::Path::new(&device.0).exists());
+    // Somebody has mounted it, or otherwise has it to himself: the start says so.
+    let holder = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc_o_excl())
+        .open(&device.0)
+        .unwrap();
+    let _: Vm = world.ok("POST", "/v1/vms", &body("web3"));
+    let (status, seen) = world.refused("POST", "/v1/vms/web3/start", &Value::Null);
+    assert_eq!(status, 409, "{seen}");
+    let why = seen.find("host.image-in-use").unwrap();
+    assert!(why.text().contains(&device.0), "{why}");
+    drop(holder);
+    assert_eq!(world.start("web3").state, VmState::Running);
+    world.stop_by_force("web3");
+    // And what becomes of the VM, the device stays.
+    world.ok::<Value>("DELETE", "/v1/vms/web3?disks=delete", &Value::Null);
+    assert!(std::path::Path::new(&device.0).exists());
+}
+
+fn libc_o_excl() -> i32 {
+    rustix::fs::OFlags::EXCL.bits().cast_signed()
 }
 
 #[test]

@@ -96,6 +96,23 @@ fn a_job_that_fails_says_why_and_leaves_the_source() {
 }
 
 #[test]
+fn a_failed_system_call_in_the_monitor_reaches_the_client_whole() {
+    let world = running("job=eio");
+    let job = world.migrate("fast");
+    let job = stays_on_source(&world, &job);
+    let seen = job.status.failure.unwrap();
+    assert_eq!(seen.id(), "host.migration-failed");
+    assert_eq!(seen.record().emitter.process, "straked");
+    let call = seen.find("os.call-failed").unwrap();
+    assert!(call.record().emitter.process.contains("web1"), "{call:?}");
+    assert_eq!(call.datum("errno").unwrap(), 5);
+    for part in ["pwrite", "offset 8192", "EIO"] {
+        assert!(call.text().contains(part), "{call}");
+    }
+    assert!(!call.remedy().is_empty());
+}
+
+#[test]
 fn a_job_can_be_cancelled_while_it_copies() {
     let world = running("job=hold");
     let job = world.migrate("fast");

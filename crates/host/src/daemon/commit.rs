@@ -14,7 +14,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use strake_api::control::{ExitReason, Request};
+use strake_api::control::{ExitReason, Reply, Request};
 use strake_api::job::{JobId, MigrationStatus, Phase};
 use strake_observe::{Because, Observation, Result};
 
@@ -28,7 +28,7 @@ use crate::inventory::{JobRecord, JobState};
 use crate::monitor::connection::QUICK;
 use crate::observations::{
     BindingSplit, CommitFailed, ImageRefused, JobForgotten, JobWithoutMonitor, MigrationFailed,
-    MonitorKilled, NotRemoved,
+    MonitorGarbled, MonitorKilled, MonitorRefused, NotRemoved,
 };
 use crate::storage::image;
 use crate::storage::removal::{self, Claim};
@@ -229,17 +229,40 @@ impl Host {
             Err(seen) => return note(seen),
         };
         for job in active {
-            match status.jobs.iter().find(|known| known.job == job.id) {
+            let known = status.jobs.iter().find(|known| known.job == job.id);
+            if known.is_some_and(|known| !known.phase.is_final()) {
                 // A job that runs or waits goes on; the monitor itself asks for the decision.
-                Some(status) if !status.phase.is_final() => {}
-                Some(status) => self.finish(cell, monitor, status),
-                None => {
+                continue;
+            }
+            // The list is short: the last that ended, without their passes.
+            match self.asked_for(monitor, &job) {
+                Ok(status) if !status.phase.is_final() => {}
+                Ok(status) => self.finish(cell, monitor, &status),
+                Err(seen) if seen.is::<MonitorRefused>() && known.is_none() => {
                     let forgotten = JobForgotten {
                         job: job.id.to_string(),
                     };
                     self.settle(&job, forgotten.into());
                 }
+                // Asked again on the next connection, or by `check_jobs`.
+                Err(seen) => note(seen),
             }
+        }
+    }
+
+    fn asked_for(&self, monitor: &Monitor, job: &JobRecord) -> Result<MigrationStatus> {
+        let request = Request::JobStatus {
+            job: job.id.clone(),
+        };
+        let reply = monitor
+            .connection()
+            .call("job status", request, &[], QUICK)?;
+        match reply {
+            Reply::Job(status) if status.job == job.id => Ok(status),
+            _ => Err(MonitorGarbled {
+                reason: format!("the answer to a question for job {} is none", job.id),
+            }
+            .into()),
         }
     }
 

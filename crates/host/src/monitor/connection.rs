@@ -23,8 +23,11 @@ use rustix::net::{
     AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, shutdown,
     socket_with, sockopt,
 };
-use strake_api::control::{Body, Event, PROTOCOL_VERSION, Packet, Reply, Request};
-use strake_observe::{Because, OsContext, Result};
+use strake_api::control::{
+    Body, Event, ExitReason, PROTOCOL_VERSION, Packet, Reply, Request, RunState,
+};
+use strake_api::job::MigrationStatus;
+use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::packet::{self, Received};
 use crate::observations::{MonitorLost, MonitorMismatch, MonitorRefused, MonitorSilent};
@@ -40,6 +43,9 @@ const SEND_PATIENCE: Duration = Duration::from_secs(10);
 
 /// How long a monitor may take for a request that only looks or switches something.
 pub(crate) const QUICK: Duration = Duration::from_secs(10);
+
+/// How deep an observation of a monitor may be nested. Monitors keep to it by themselves.
+const CAUSE_LEVELS: usize = 32;
 
 /// What comes from a monitor unasked.
 #[derive(Debug)]
@@ -318,7 +324,7 @@ fn lock(waiting: &Waiting) -> std::sync::MutexGuard<'_, Option<HashMap<u64, Sync
 
 /// Hands on what came, and waits for nobody; `false` if the connection is to end.
 fn dispatch(received: Received, waiting: &Waiting, events: &EventSink) -> bool {
-    match received.packet.body {
+    match shallow(received.packet.body) {
         Body::Reply(reply) => {
             let caller = lock(waiting)
                 .as_mut()
@@ -334,5 +340,34 @@ fn dispatch(received: Received, waiting: &Waiting, events: &EventSink) -> bool {
         }
         Body::Event(event) => events.put(event),
         Body::Request(_) => true,
+    }
+}
+
+/// Bounds how deep the observations of a packet are nested. A monitor is not trusted, and what it
+/// says is kept in the inventory and shown to clients, with levels of the daemon's own above it.
+fn shallow(body: Body) -> Body {
+    let cut = |seen: Observation| seen.cut_below(CAUSE_LEVELS);
+    let state = |state| match state {
+        RunState::Exited(ExitReason::Failed(seen)) => {
+            RunState::Exited(ExitReason::Failed(cut(seen)))
+        }
+        state => state,
+    };
+    let job = |mut status: MigrationStatus| {
+        status.failure = status.failure.map(cut);
+        status
+    };
+    match body {
+        Body::Reply(Reply::Failed(seen)) => Body::Reply(Reply::Failed(cut(seen))),
+        Body::Reply(Reply::Job(status)) => Body::Reply(Reply::Job(job(status))),
+        Body::Reply(Reply::Status(mut status)) => {
+            status.state = state(status.state);
+            status.jobs = status.jobs.into_iter().map(job).collect();
+            Body::Reply(Reply::Status(status))
+        }
+        Body::Event(Event::State(of)) => Body::Event(Event::State(state(of))),
+        Body::Event(Event::JobEnded(status)) => Body::Event(Event::JobEnded(job(status))),
+        Body::Event(Event::Observed(seen)) => Body::Event(Event::Observed(cut(seen))),
+        body => body,
     }
 }

@@ -144,6 +144,32 @@ fn a_flood_of_events_holds_up_no_reply() {
 }
 
 #[test]
+fn observations_of_a_monitor_are_of_bounded_depth() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    monitor(&path, |request| {
+        Some(match request {
+            Request::Hello { .. } => vec![hello(1)],
+            _ => {
+                let deep = (0..50).fold(leaf(), |seen, _| leaf().because(seen));
+                vec![Body::Reply(Reply::Failed(deep))]
+            }
+        })
+    });
+    let (connection, _, _events) = Connection::open(&path).unwrap();
+    let seen = connection
+        .call("pause", Request::Pause, &[], QUICK)
+        .unwrap_err();
+    let mut depth = 0;
+    let mut level = &seen;
+    while let Some(cause) = level.causes().first() {
+        level = cause;
+        depth += 1;
+    }
+    assert_eq!(depth, 33);
+}
+
+#[test]
 fn another_protocol_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("s");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use strake_api::spec::SECTOR;
-use strake_observe::{Because, OsContext, Result};
+use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::identity::FileIdentity;
 use super::lock::{self, Share};
@@ -126,9 +126,40 @@ pub(crate) fn open(path: &Path, mode: Mode, user: impl Fn() -> String) -> Result
     })?;
     check_size(path, looks.size)?;
     let exclusive = !looks.regular && mode == Mode::Write;
-    let file = open_direct(path, mode, exclusive)?;
+    let file = open_free(path, mode, exclusive, &user)?;
     take_lock(&file, path, mode, user)?;
     Ok(file.into())
+}
+
+/// As [`open_direct`]; a block device that is mounted or that somebody else has to himself is told
+/// as such.
+fn open_free(path: &Path, mode: Mode, exclusive: bool, user: impl Fn() -> String) -> Result<File> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        let opened = open_direct(path, mode, exclusive);
+        let busy = opened
+            .as_ref()
+            .is_err_and(|seen| is_errno(seen, Errno::BUSY));
+        match opened {
+            Err(_) if busy && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(seen) if busy => {
+                return Err(seen).because_of(|| ImageInUse {
+                    path: show(path),
+                    user: format!("{}, or a file system on it is mounted", user()),
+                });
+            }
+            opened => return opened,
+        }
+    }
+}
+
+/// Whether a system call below gave this error.
+fn is_errno(seen: &Observation, errno: Errno) -> bool {
+    seen.find("os.call-failed")
+        .and_then(|call| call.datum("errno"))
+        .is_some_and(|found| *found == errno.raw_os_error())
 }
 
 /// With O_DIRECT where the file system can.
@@ -298,7 +329,7 @@ fn not_opened(path: &Path) -> ImageNotOpened {
     ImageNotOpened { path: show(path) }
 }
 
-fn refused(path: &Path, reason: &str, advice: &str) -> strake_observe::Observation {
+fn refused(path: &Path, reason: &str, advice: &str) -> Observation {
     ImageRefused {
         path: show(path),
         reason: reason.to_owned(),
