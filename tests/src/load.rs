@@ -14,6 +14,16 @@ use crate::process::{self, Running, wait_until};
 const QUICK: Duration = Duration::from_secs(60);
 const LOG: &str = "/tmp/stamp.log";
 
+/// Lets the guest fill the beginning of its disk, so that a limited copy of it takes long enough
+/// for something to happen in its middle.
+///
+/// # Errors
+/// If the guest cannot.
+pub fn fill(guest: Guest, mebibytes: u32) -> Outcome {
+    let command = format!("dd if=/dev/urandom of=/dev/vda bs=1M count={mebibytes} conv=fsync");
+    guest.sh(&command, QUICK).map(drop)
+}
+
 /// A running `strake-guest-stamp` in a guest.
 #[derive(Debug)]
 pub struct Stamps {

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::check;
 use crate::failure::{Failure, Outcome};
 use crate::host::Host;
-use crate::load::{Connection, Stamps, verify_image};
+use crate::load::{Connection, Stamps, fill, verify_image};
 use crate::process::wait_until;
 use crate::runner::Test;
 use crate::vm::{DISK, Shape, Vm};
@@ -111,11 +111,7 @@ fn running_job(host: &Host) -> Outcome<String> {
 fn client_interrupted(name: &str) -> Outcome {
     let mut host = Host::start(name)?;
     let vm = Vm::boot(&mut host, Shape::default())?;
-    // Enough for some seconds of copying, whatever the machine's speed.
-    vm.guest().sh(
-        "dd if=/dev/urandom of=/dev/vda bs=1M count=32 conv=fsync",
-        Duration::from_secs(60),
-    )?;
+    fill(vm.guest(), 32)?;
     let stamps = Stamps::start(vm.guest(), "--rate 20")?;
     let client = vm.migrate_in_background(&host, "b", &["--rate", "4M"])?;
     wait_until(
@@ -144,6 +140,7 @@ fn client_interrupted(name: &str) -> Outcome {
 fn cancelled(name: &str) -> Outcome {
     let mut host = Host::start(name)?;
     let vm = Vm::boot(&mut host, Shape::default())?;
+    fill(vm.guest(), 32)?;
     let stamps = Stamps::start(vm.guest(), "--rate 50")?;
     let source = vm.image(&host)?;
     let client = vm.migrate_in_background(&host, "b", &["--rate", "2M"])?;

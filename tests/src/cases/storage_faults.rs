@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::check;
 use crate::failure::{Failure, Outcome, While};
 use crate::host::Host;
-use crate::load::{Stamps, verify_image};
+use crate::load::{self, Stamps, verify_image};
 use crate::place;
 use crate::process::{self, Running, sh, wait_until};
 use crate::runner::Test;
@@ -45,10 +45,7 @@ const QUICK: Duration = Duration::from_secs(60);
 /// A guest under a light load, whose disk has some 48 MiB allocated.
 fn loaded(host: &mut Host) -> Outcome<(Vm, Stamps)> {
     let vm = Vm::boot(host, Shape::default())?;
-    vm.guest().sh(
-        "dd if=/dev/urandom of=/dev/vda bs=1M count=48 conv=fsync",
-        QUICK,
-    )?;
+    load::fill(vm.guest(), 48)?;
     let stamps = Stamps::start(vm.guest(), "--rate 50 --no-discard")?;
     Ok((vm, stamps))
 }
@@ -117,13 +114,10 @@ fn fills_up(name: &str) -> Outcome {
             ..Shape::default()
         },
     )?;
-    vm.guest().sh(
-        "dd if=/dev/urandom of=/dev/vda bs=1M count=28 conv=fsync",
-        QUICK,
-    )?;
+    load::fill(vm.guest(), 28)?;
     let stamps = Stamps::start(vm.guest(), "--rate 50 --no-discard")?;
     let source = vm.image(&host)?;
-    let client = vm.migrate_in_background(&host, "small", &["--rate", "8M"])?;
+    let client = vm.migrate_in_background(&host, "small", &["--rate", "2M"])?;
     destination_appears(&small)?;
     fill(&small, 64)?;
     fails_at_source(&host, &vm, &stamps, client, &source, &["ENOSPC"])?;
@@ -137,7 +131,7 @@ fn removed(name: &str) -> Outcome {
     let mut host = Host::start(name)?;
     let (vm, stamps) = loaded(&mut host)?;
     let source = vm.image(&host)?;
-    let client = vm.migrate_in_background(&host, "b", &["--rate", "12M"])?;
+    let client = vm.migrate_in_background(&host, "b", &["--rate", "8M"])?;
     destination_appears(&host.store("b"))?;
     fs::remove_dir_all(host.store("b"))?;
     fails_at_source(&host, &vm, &stamps, client, &source, &["remedy"])?;
@@ -156,7 +150,7 @@ fn destination_fails(name: &str) -> Outcome {
     host.add_store("failing", &folder.join("store"))?;
     let (vm, stamps) = loaded(&mut host)?;
     let source = vm.image(&host)?;
-    let client = vm.migrate_in_background(&host, "failing", &["--rate", "12M"])?;
+    let client = vm.migrate_in_background(&host, "failing", &["--rate", "4M"])?;
     destination_appears(&folder.join("store"))?;
     device.fail_from(0)?;
     fails_at_source(&host, &vm, &stamps, client, &source, &["EIO"])?;
