@@ -377,7 +377,7 @@ fn create_files(new: &NewJob) -> Result<Files> {
     // These names are this job's alone: what is there was left by a job long gone.
     removal::remove_stale(&unnamed).because_of(not_created)?;
     removal::remove_stale(&path).because_of(not_created)?;
-    let destination = image::create(&unnamed, new.size)?;
+    let destination = image::create_for(&new.destination, &unnamed, new.size)?;
     let guard = Created::new(&unnamed, &destination.identity);
     let journal = OpenOptions::new()
         .read(true)
