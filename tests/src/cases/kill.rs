@@ -84,12 +84,14 @@ fn phase(job: &Value) -> &str {
 /// Every job has come to an end, and the stores hold the disk's image and nothing else that looks
 /// like one, unless a completed job left its source there.
 fn settled(host: &Host, vm: &Vm) -> Outcome {
+    let mut seen = Vec::new();
     wait_until("every job has ended", Duration::from_secs(90), || {
-        Ok(jobs(host)?
+        seen = jobs(host)?;
+        Ok(seen
             .iter()
             .all(|job| ["completed", "failed", "cancelled"].contains(&phase(job))))
     })
-    .doing(format!("jobs: {:?}", jobs(host)?))?;
+    .map_err(|failure| Failure::new(format!("{failure}; jobs: {seen:?}")))?;
     let image = vm.image(host)?;
     check!(
         image.exists(),
