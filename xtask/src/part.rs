@@ -138,13 +138,15 @@ fn counted(line: &str) -> Count {
     }
 }
 
-/// The test program that a line of cargo announces.
+/// The test program that a line of cargo announces, as `strake_block` or `data_path`.
 fn program_of(line: &str) -> Option<&str> {
     let line = line.trim_start();
-    let path = line
-        .strip_prefix("Running ")
-        .map(|rest| rest.split(" (").next().unwrap_or(rest));
-    path.or_else(|| line.starts_with("Doc-tests ").then_some(line))
+    if let Some(package) = line.strip_prefix("Doc-tests ") {
+        return Some(package);
+    }
+    let (_, path) = line.strip_prefix("Running ")?.split_once(" (")?;
+    let name = path.trim_end_matches(')').rsplit('/').next()?;
+    name.rsplit_once('-').map(|(name, _hash)| name)
 }
 
 /// Whether a line is shown while it runs: one for each of the large tests, and all that failed.
@@ -177,12 +179,9 @@ mod tests {
     fn cargo_says_which_program_it_runs() {
         assert_eq!(
             program_of("     Running tests/data_path.rs (target/debug/deps/data_path-1f)"),
-            Some("tests/data_path.rs")
+            Some("data_path")
         );
-        assert_eq!(
-            program_of("   Doc-tests strake_api"),
-            Some("Doc-tests strake_api")
-        );
+        assert_eq!(program_of("   Doc-tests strake_api"), Some("strake_api"));
         assert_eq!(program_of("test a ... ok"), None);
     }
 
