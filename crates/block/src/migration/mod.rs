@@ -70,6 +70,10 @@ pub trait SwitchHooks: Send + Sync {
     /// Lets the vCPUs run again, after a `suspend_vm` that succeeded, however the switch ended.
     fn resume_vm(&self);
 
+    /// Whether a daemon is there to be asked. Without one a pause neither begins nor comes to the
+    /// question, from which on only the answer ends it. Says what is so now, and does not wait for anything.
+    fn can_ask(&self) -> bool;
+
     /// All is at the destination; asks the daemon whether it commits. Returns at once; the answer
     /// comes by [`Migration::decide`] (which may be called from in here).
     fn await_commit(&self, job: &JobId);
