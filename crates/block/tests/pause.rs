@@ -403,6 +403,26 @@ fn a_journal_that_fails_inside_the_pause_fails_the_job_before_the_question() {
     }
 }
 
+/// Nor does whoever starts a job wait for its journal's store.
+#[test]
+fn a_journal_that_cannot_be_begun_fails_the_job_with_nothing_copied() {
+    let bench = Bench::new();
+    let journal = memory_file();
+    rustix::fs::fcntl_add_seals(&journal, rustix::fs::SealFlags::WRITE).unwrap();
+    let to = Arc::clone(&bench.destination) as Arc<dyn Image>;
+    let job = Job::start_with(&bench.disk, &to, limits(10_000), Hooks::new(), journal).unwrap();
+    let status = job.migration.join();
+    assert_eq!(status.phase, Phase::Failed, "{status:?}");
+    assert!(status.passes.is_empty(), "{status:?}");
+    let failure = status.failure.unwrap();
+    assert!(failure.find(JournalUnwritable::ID).is_some(), "{failure}");
+    assert_eq!(bench.destination.allocated(0).unwrap(), None);
+    // The next attempt works.
+    let status = bench.job(limits(10_000), Hooks::new()).finish(true);
+    assert_eq!(status.phase, Phase::Completed, "{status:?}");
+    bench.verify(false);
+}
+
 fn memory_file() -> File {
     let flags = rustix::fs::MemfdFlags::ALLOW_SEALING;
     rustix::fs::memfd_create("journal", flags).unwrap().into()

@@ -208,6 +208,7 @@ impl Job {
     }
 
     fn migrate(&mut self) -> Result<(), End> {
+        self.journal.begin()?;
         self.still_there()?;
         // Only what reads as zeroes everywhere may keep holes where the source has them.
         let fresh = match self.destination.allocated(0)? {

@@ -93,8 +93,9 @@ impl Migration {
     /// beside the destination.
     ///
     /// # Errors
-    /// When the destination cannot take the disk, the disk is already being migrated, or the
-    /// journal cannot be written. Nothing was changed then.
+    /// When the destination cannot take the disk, or the disk is already being migrated. Nothing
+    /// was changed then. All that waits for a store, the journal's first record too, is done in the
+    /// job's thread, and ends the job if it fails.
     pub fn start(
         disk: Arc<LiveDisk>,
         destination: Arc<dyn Image>,
@@ -140,7 +141,7 @@ impl Migration {
             size_bytes: disk.size(),
             phase: Phase::Preparing,
         };
-        let journal = Journal::begin(journal, record).because_of(failed)?;
+        let journal = Journal::new(journal, record);
         let status = MigrationStatus {
             job: job.clone(),
             disk: disk.name().to_owned(),
