@@ -146,8 +146,8 @@ impl Job {
             limits,
             hooks,
             control,
-            bitmap: Arc::new(DirtyBitmap::new(size)),
-            recent: DirtyBitmap::new(size),
+            bitmap: Arc::new(DirtyBitmap::new(size)?),
+            recent: DirtyBitmap::new(size)?,
             copier,
             flush: Duration::ZERO,
             uncounted: 0,
@@ -322,7 +322,7 @@ impl Job {
     fn dirty_pass(&mut self, room: Room) -> Result<(), End> {
         let bitmap = Arc::clone(&self.bitmap);
         let size = self.disk.size();
-        let hot = DirtyBitmap::new(size);
+        let hot = DirtyBitmap::new(size)?;
         let mut at = 0;
         while let Some(block) = bitmap.next_marked(at) {
             if self.recent.is_marked(block) {
@@ -336,7 +336,7 @@ impl Job {
         let leave = few.then_some(&hot);
         let left = if few { hot_bytes } else { 0 };
         let planned = bitmap.marked_bytes().saturating_sub(left);
-        let copied = DirtyBitmap::new(size);
+        let copied = DirtyBitmap::new(size)?;
         let mut plan = DirtyPass::new(&bitmap, size, leave, Some(&copied));
         self.pass(&mut plan, planned, Fresh::No, room, None)?;
         if few {

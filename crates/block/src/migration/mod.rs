@@ -45,14 +45,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::spec::MAX_DISK;
 use strake_observe::{Because, OsContext, Result};
 
 use self::control::Control;
 use self::job::Job;
 use self::journal::{Journal, Record};
 use crate::{
-    Access, AlreadyMigrating, CancelTooLate, DestinationTooSmall, Event, Image, LiveDisk,
-    MigrationFailed, ReadOnlyDisk,
+    Access, AlreadyMigrating, CancelTooLate, DestinationTooSmall, DiskTooLarge, Event, Image,
+    LiveDisk, MigrationFailed, ReadOnlyDisk,
 };
 
 /// What a migration asks of the machine and of the daemon. Called in the migration's own threads,
@@ -229,6 +230,16 @@ impl Migration {
 }
 
 fn fits(disk: &LiveDisk, destination: &dyn Image) -> Result<()> {
+    // Larger ones exist: images that were there before us, sparse ones. Bitmaps are not sparse.
+    if disk.size() > MAX_DISK {
+        return Err(DiskTooLarge {
+            disk: disk.name().to_owned(),
+            path: disk.image().path().to_owned(),
+            size: disk.size(),
+            most: MAX_DISK,
+        }
+        .into());
+    }
     if destination.size() < disk.size() {
         return Err(DestinationTooSmall {
             path: destination.path().to_owned(),
