@@ -27,6 +27,8 @@ use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shuttle::sync::{Arc, Condvar, Mutex, RwLock};
 use shuttle::thread;
+// What the files above find in their crate.
+use strake_block::NoBitmap;
 
 const BLOCKS: usize = 3;
 const ITERATIONS: usize = 3000;
@@ -127,7 +129,7 @@ impl Model {
     fn migrate(&self) {
         let from = self.on.load(Ordering::SeqCst) as usize;
         let to = 1 - from;
-        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES));
+        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
         *self.tracker.write().unwrap() = Some(Arc::clone(&bitmap));
         // The first pass: everything, clearing before reading.
         for block in 0..BLOCKS {
@@ -196,7 +198,7 @@ fn tracking_switched_on_in_the_middle_of_writes_misses_none() {
                 let model = Arc::clone(&model);
                 thread::spawn(move || model.write(0, 7))
             };
-            let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES));
+            let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
             *model.tracker.write().unwrap() = Some(Arc::clone(&bitmap));
             let copied = model.images[0].read(0);
             writer.join().unwrap();
@@ -213,7 +215,7 @@ fn tracking_switched_on_in_the_middle_of_writes_misses_none() {
 fn marks_and_clears_of_one_word_do_not_disturb_each_other() {
     shuttle::check_random(
         || {
-            let bitmap = Arc::new(DirtyBitmap::new(64 * BLOCK_BYTES));
+            let bitmap = Arc::new(DirtyBitmap::new(64 * BLOCK_BYTES).unwrap());
             bitmap.mark(0, 8 * BLOCK_BYTES);
             let marker = {
                 let bitmap = Arc::clone(&bitmap);

@@ -8,6 +8,7 @@
 //!               within the allowed pause: flush the destination, open its queues, journal
 //!                             │
 //!                             ├─ still shrinking: one more pass, one more flush
+//!                             ├─ no daemon to be asked: passes until there is one
 //!                             ▼
 //!               Suspended: gate closed, last blocks, flush ── too late ─► open, back to passes
 //!                             ▼
@@ -53,6 +54,9 @@ const STALLED_PASSES: u32 = 5;
 /// How often the switch is tried when the devices turn out too slow for the allowed pause.
 const SWITCH_ATTEMPTS: u32 = 5;
 
+/// How often a job that could switch over looks whether there is a daemon again.
+const LOOK_FOR_DAEMON: Duration = Duration::from_millis(100);
+
 /// How often the expected pause is told during a pass: it takes a look at the whole bitmap.
 const TELL_PAUSE: Duration = Duration::from_millis(100);
 
@@ -74,6 +78,9 @@ pub(crate) struct Job {
     guard: Guard,
     /// How long the last flush of the destination took.
     flush: Duration,
+    /// How many of the passes do not count towards the limit: all until a daemon was last waited
+    /// for.
+    uncounted: u32,
 }
 
 /// How a job ends, other than by moving the disk.
@@ -106,6 +113,8 @@ struct TooLate {
 enum Switch {
     Done,
     TooLate(TooLate),
+    /// Nobody is there to be asked. The guest does not wait for one.
+    NoDaemon,
 }
 
 impl Job {
@@ -137,10 +146,11 @@ impl Job {
             limits,
             hooks,
             control,
-            bitmap: Arc::new(DirtyBitmap::new(size)),
-            recent: DirtyBitmap::new(size),
+            bitmap: Arc::new(DirtyBitmap::new(size)?),
+            recent: DirtyBitmap::new(size)?,
             copier,
             flush: Duration::ZERO,
+            uncounted: 0,
         })
     }
 
@@ -198,6 +208,7 @@ impl Job {
     }
 
     fn migrate(&mut self) -> Result<(), End> {
+        self.journal.begin()?;
         self.still_there()?;
         // Only what reads as zeroes everywhere may keep holes where the source has them.
         let fresh = match self.destination.allocated(0)? {
@@ -229,7 +240,7 @@ impl Job {
                 within = self.expected_pause(dirty) <= self.allowed();
             }
             let shrunk = dirty < before.saturating_mul(SHRUNK_PERCENT) / 100;
-            let last = self.passes() >= self.limits.max_passes;
+            let last = self.counted_passes() >= self.limits.max_passes;
             let good = self.expected_pause(dirty) <= GOOD_PAUSE + self.flush;
             // Longer than a good pause only if the guest gave way and that did not help.
             if within && (good || last || (!shrunk && room == Room::Pressing)) {
@@ -241,6 +252,12 @@ impl Job {
                             return Err(self.pause_too_long(attempts, &late).into());
                         }
                         before = u64::MAX;
+                    }
+                    Switch::NoDaemon => {
+                        self.await_daemon()?;
+                        // What is left now says nothing about how the passes did.
+                        (before, stalled) = (u64::MAX, 0);
+                        continue;
                     }
                 }
             } else {
@@ -262,6 +279,31 @@ impl Job {
         }
     }
 
+    /// Waits until a daemon can be asked, while the guest goes on, and keeps what is left small.
+    ///
+    /// That may take hours, so the copier stays beside the guest, copies only when a good pause
+    /// would not do, and tells of its newest pass only. None of these passes is a sign that the
+    /// guest writes too fast, so the limit counts anew afterwards.
+    fn await_daemon(&mut self) -> Result<(), End> {
+        let mut told = false;
+        while !self.hooks.can_ask() {
+            self.control.rest(LOOK_FOR_DAEMON);
+            self.go_on()?;
+            let expected = self.expected_pause(self.bitmap.marked_bytes());
+            if expected <= GOOD_PAUSE + self.flush {
+                continue;
+            }
+            if std::mem::replace(&mut told, true) {
+                self.control.update(|status| {
+                    status.passes.pop();
+                });
+            }
+            self.dirty_pass(Room::BesideGuest)?;
+        }
+        self.uncounted = self.passes();
+        Ok(())
+    }
+
     fn first_pass(&mut self, fresh: Fresh) -> Result<(), End> {
         let size = self.disk.size();
         let planned = allocated_bytes(self.source.as_ref(), size)?;
@@ -280,7 +322,7 @@ impl Job {
     fn dirty_pass(&mut self, room: Room) -> Result<(), End> {
         let bitmap = Arc::clone(&self.bitmap);
         let size = self.disk.size();
-        let hot = DirtyBitmap::new(size);
+        let hot = DirtyBitmap::new(size)?;
         let mut at = 0;
         while let Some(block) = bitmap.next_marked(at) {
             if self.recent.is_marked(block) {
@@ -294,7 +336,7 @@ impl Job {
         let leave = few.then_some(&hot);
         let left = if few { hot_bytes } else { 0 };
         let planned = bitmap.marked_bytes().saturating_sub(left);
-        let copied = DirtyBitmap::new(size);
+        let copied = DirtyBitmap::new(size)?;
         let mut plan = DirtyPass::new(&bitmap, size, leave, Some(&copied));
         self.pass(&mut plan, planned, Fresh::No, room, None)?;
         if few {
@@ -397,6 +439,9 @@ impl Job {
     /// right all the same, only in vain: it is noticed at the next look, by the question at last.
     fn switch(&mut self) -> Result<Switch, End> {
         self.still_there()?;
+        if !self.hooks.can_ask() {
+            return Ok(Switch::NoDaemon);
+        }
         let pause = Pause::begin(&self.opener, self.allowed())?;
         if !pause.drained() {
             return Ok(self.too_late(&pause));
@@ -418,6 +463,10 @@ impl Job {
         }
         self.copier.flush()?;
         self.still_there()?;
+        if !self.hooks.can_ask() {
+            // It went meanwhile. The pause ends with its scope, and this was one more pass.
+            return Ok(Switch::NoDaemon);
+        }
         // Before the question, after which nothing may fail. Need not be durable: the record
         // before it already says that the inventory knows.
         self.journal.reach(Phase::AwaitingCommit, Durable::Later)?;
@@ -488,6 +537,11 @@ impl Job {
 
     fn passes(&self) -> u32 {
         u32::try_from(self.control.status().passes.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Those that the limit is about.
+    fn counted_passes(&self) -> u32 {
+        self.passes().saturating_sub(self.uncounted)
     }
 
     fn not_converging(&self, dirty: u64) -> Observation {
