@@ -77,33 +77,47 @@ impl Host {
     /// The answer that was given before, or else one that is given from now on; `None` while
     /// nobody can know.
     fn decide_once(&self, cell: &Cell, id: &JobId) -> Option<bool> {
-        let mut verdicts = self.verdicts.lock();
-        let job = match self.inventory.job(id) {
-            Ok(job) if job.vm == cell.name => Ok(job),
+        let known = match self.inventory.job(id) {
+            Ok(job) if job.vm == cell.name => self.verdicts.on(id),
             Ok(_) => return Some(false),
             Err(seen) if seen.is::<crate::observations::NoSuchJob>() => return Some(false),
-            Err(seen) => Err(seen),
+            Err(seen) => match self.verdicts.known(id) {
+                Some(known) => known,
+                None => {
+                    note(seen);
+                    return None;
+                }
+            },
         };
-        match verdicts.get(id) {
+        let mut verdict = guard(&known);
+        match *verdict {
             Some(Verdict::Committed) => return Some(true),
             Some(Verdict::Refused) => return Some(false),
             Some(Verdict::Unclear) | None => {}
         }
-        let job = match job {
+        // Read again: until the lock was had, the job may have been cleared up.
+        let job = match self.inventory.job(id) {
             Ok(job) => job,
+            Err(seen) if seen.is::<crate::observations::NoSuchJob>() => {
+                self.verdicts.forget(id);
+                return Some(false);
+            }
             Err(seen) => {
                 note(seen);
                 return None;
             }
         };
-        let verdict = match job.state {
+        let decided = match job.state {
             JobState::Committed => Verdict::Committed,
-            JobState::Ended => return Some(job.status.phase == Phase::Completed),
+            JobState::Ended => {
+                self.verdicts.forget(id);
+                return Some(job.status.phase == Phase::Completed);
+            }
             JobState::Preparing | JobState::Aborted => Verdict::Refused,
             JobState::Running => self.commit(cell, &job),
         };
-        verdicts.insert(id.clone(), verdict);
-        match verdict {
+        *verdict = Some(decided);
+        match decided {
             Verdict::Committed => Some(true),
             Verdict::Refused => Some(false),
             Verdict::Unclear => None,
@@ -150,8 +164,9 @@ impl Host {
 
     /// Makes sure that the job is never committed, so that its files may go; tells whether it is.
     fn refuse_for_ever(&self, job: &JobRecord) -> bool {
-        let mut verdicts = self.verdicts.lock();
-        let before = verdicts.get(&job.id).copied();
+        let known = self.verdicts.on(&job.id);
+        let mut verdict = guard(&known);
+        let before = *verdict;
         if before == Some(Verdict::Committed) {
             return false;
         }
@@ -159,13 +174,14 @@ impl Host {
             // It was committed meanwhile, or the inventory cannot be written. That nothing can be
             // recorded is no reason to keep the files, unless a commit may have got through.
             let state = self.inventory.job(&job.id).map(|job| job.state);
-            let committed = state.is_ok_and(|state| state == JobState::Committed);
-            if committed || before == Some(Verdict::Unclear) {
+            let decided =
+                state.is_ok_and(|state| matches!(state, JobState::Committed | JobState::Ended));
+            if decided || before == Some(Verdict::Unclear) {
                 note(seen);
                 return false;
             }
         }
-        verdicts.insert(job.id.clone(), Verdict::Refused);
+        *verdict = Some(Verdict::Refused);
         true
     }
 

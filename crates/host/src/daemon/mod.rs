@@ -13,7 +13,7 @@
 //!    May be held for as long as a monitor takes to accept a job, so a supervisor never waits for
 //!    it while its VM runs: a guest may stand still until it answers.
 //! 3. `Host::placing`: one decision about who gets which image at a time.
-//! 4. `Host::verdicts`: one decision about a commit at a time.
+//! 4. `Host::verdicts`: one decision about the commit of one job at a time.
 //! 5. [`Cell::live`]: what the VM does now. A leaf: nothing is waited for while it is held.
 //!
 //! The inventory has its own lock inside, below all of these.
