@@ -12,11 +12,14 @@
 //! again.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use strake_api::control::{ExitReason, Reply, Request};
 use strake_api::job::{JobId, MigrationStatus, Phase};
-use strake_observe::{Because, Observation, Result};
+use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::live::{Cell, Monitor};
 use super::verdicts::Verdict;
@@ -35,6 +38,9 @@ use crate::storage::removal::{self, Claim};
 
 /// Pause between attempts to write a decision to an inventory that fails.
 const DECISION_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long whoever settles jobs may take until it is its turn.
+const TURN_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Host {
     /// The monitor has everything at the destination and waits: decides and tells it. Asked again
@@ -283,10 +289,62 @@ impl Host {
     }
 
     /// The monitor is gone: every job of the VM ends as the inventory says.
-    pub(super) fn settle_jobs(&self, vm: &str, why: &ExitReason) {
-        let cell = self.existing_cell(vm);
-        let _jobs = cell.as_ref().map(|cell| guard(&cell.jobs));
-        self.settle_all(vm, why);
+    ///
+    /// That none of them is committed any more is made sure at once. Their files go in a thread of
+    /// its own, which is waited for only as long as `patience`: a store that hangs keeps neither
+    /// the daemon from coming up nor the VM from running on its healthy image. `before` is the
+    /// thread that followed the jobs of the monitor: what was said of them counts first.
+    pub(super) fn settle_jobs(
+        self: &Arc<Self>,
+        vm: &str,
+        why: &ExitReason,
+        before: Option<JoinHandle<()>>,
+        patience: Duration,
+    ) {
+        // Only these: by the time the thread has its turn, the VM may run and have others.
+        let active = match self.inventory.active_jobs(vm) {
+            Ok(active) => active,
+            Err(seen) => {
+                note(seen); // `check_jobs` comes back to them.
+                Vec::new()
+            }
+        };
+        for job in active.iter().filter(|job| job.state == JobState::Running) {
+            self.refuse_for_ever(job);
+        }
+        if active.is_empty() && before.is_none() {
+            return;
+        }
+        let (host, name, why) = (Arc::clone(self), vm.to_owned(), why.clone());
+        let (tell, told) = channel();
+        let work = move || {
+            if before.is_some_and(|before| before.join().is_err()) {
+                tracing::error!(vm = %name, "the thread for jobs has failed");
+            }
+            let cell = host.existing_cell(&name);
+            let _jobs = cell.as_ref().map(|cell| guard(&cell.jobs));
+            let _ = tell.send(());
+            for job in active {
+                match host.inventory.job(&job.id) {
+                    Ok(job) if job.state == JobState::Ended => {}
+                    Ok(job) => host.settle_without_monitor(&job, &why),
+                    Err(seen) => note(seen),
+                }
+            }
+        };
+        let spawned = std::thread::Builder::new()
+            .name(format!("settle-{vm}"))
+            .spawn(work)
+            .os("clone", "a thread that settles jobs");
+        match spawned {
+            Ok(_) => {
+                // That it has the lock, so that nobody settles them for another reason; then
+                // that it is done.
+                let _ = told.recv_timeout(TURN_PATIENCE);
+                let _ = told.recv_timeout(patience);
+            }
+            Err(seen) => note(seen), // `check_jobs` comes back to them.
+        }
     }
 
     /// The caller holds the VM's lock of jobs.
@@ -296,22 +354,26 @@ impl Host {
             Err(seen) => return note(seen),
         };
         for job in active {
-            let reason = match why {
-                ExitReason::GuestPowerOff => "the guest powered off",
-                ExitReason::GuestReset => "the guest was reset",
-                ExitReason::Stopped => "the VM was stopped",
-                ExitReason::Failed(_) => "the monitor died",
-            };
-            let seen = Observation::from(JobWithoutMonitor {
-                job: job.id.to_string(),
-                reason: reason.to_owned(),
-            });
-            let seen = match why {
-                ExitReason::Failed(death) => seen.because(death.clone()),
-                _ => seen,
-            };
-            self.settle(&job, seen);
+            self.settle_without_monitor(&job, why);
         }
+    }
+
+    fn settle_without_monitor(&self, job: &JobRecord, why: &ExitReason) {
+        let reason = match why {
+            ExitReason::GuestPowerOff => "the guest powered off",
+            ExitReason::GuestReset => "the guest was reset",
+            ExitReason::Stopped => "the VM was stopped",
+            ExitReason::Failed(_) => "the monitor died",
+        };
+        let seen = Observation::from(JobWithoutMonitor {
+            job: job.id.to_string(),
+            reason: reason.to_owned(),
+        });
+        let seen = match why {
+            ExitReason::Failed(death) => seen.because(death.clone()),
+            _ => seen,
+        };
+        self.settle(job, seen);
     }
 
     /// Ends a job that no monitor runs, by what the inventory says.
