@@ -289,3 +289,39 @@ fn destinations_in_use_are_refused_and_names_are_not_reused() {
         assert!(inventory.job(&JobId(odd.into())).is_err());
     }
 }
+
+#[test]
+fn what_is_read_is_in_the_database_and_not_only_in_its_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("i");
+    let inventory = with_vm(&path);
+    let job = inventory.reserve_job(&new_job()).unwrap();
+    inventory.job_running(&job.id, &files()).unwrap();
+    inventory.commit_job(&job.id).unwrap();
+    // As a daemon does that is killed: the log stays as it is.
+    std::mem::forget(inventory);
+    let next = Inventory::open(&path).unwrap();
+    let alone = dir.path().join("alone");
+    std::fs::copy(&path, &alone).unwrap();
+    drop(next);
+    let alone = Inventory::open(&alone).unwrap();
+    assert_eq!(alone.job(&job.id).unwrap().state, JobState::Committed);
+    let disk = &alone.vm("web1").unwrap().disks[0];
+    assert_eq!(disk.image, PathBuf::from("/fast/root.raw"));
+}
+
+#[test]
+fn an_inventory_that_cannot_be_made_durable_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("i");
+    let inventory = with_vm(&path);
+    let reader = rusqlite::Connection::open(&path).unwrap();
+    reader
+        .execute_batch("BEGIN; SELECT count(*) FROM vms;")
+        .unwrap();
+    inventory.vm_running("web1", (7, 8), 9).unwrap();
+    let seen = Inventory::open(&path).unwrap_err();
+    assert_eq!(seen.id(), "host.inventory-failed");
+    drop(reader);
+    Inventory::open(&path).unwrap();
+}
