@@ -519,7 +519,7 @@ fn remove_source(job: &JobRecord) -> Result<()> {
         Some(file) => image::remove(&job.source, Some(file), what),
         None => Err(NotRemoved {
             path: show(&job.source),
-            what: format!("{what}, begun by an older straked"),
+            what: format!("{what}, of which it was never recorded which file it is"),
         }
         .into()),
     }
