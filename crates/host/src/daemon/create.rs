@@ -91,10 +91,11 @@ impl Host {
             .map(|(index, (nic, slot))| nic_record(name, nic, index, slot))
             .collect::<Result<Vec<_>>>()?;
         let mut created = Vec::new();
-        for disk in placed.iter().filter(|disk| disk.missing) {
+        for disk in placed.iter_mut().filter(|disk| disk.missing) {
             let path = &disk.record.image;
             let made = image::create(path, disk.record.size)?;
             created.push(Created::new(path, &made.identity));
+            disk.record.file = Some(made.identity);
         }
         let disks: Vec<DiskRecord> = placed.into_iter().map(|disk| disk.record).collect();
         self.inventory.add_vm(name, spec, &disks, &nics)?;

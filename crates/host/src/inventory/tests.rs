@@ -325,3 +325,16 @@ fn an_inventory_that_cannot_be_made_durable_is_not_read() {
     drop(reader);
     Inventory::open(&path).unwrap();
 }
+
+#[test]
+fn the_identity_of_a_new_image_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = Inventory::open(&dir.path().join("i")).unwrap();
+    let made = DiskRecord {
+        file: Some(file(1)),
+        ..disk("/x/root.raw", None)
+    };
+    let disks = [made];
+    inventory.add_vm("web1", &spec(), &disks, &[]).unwrap();
+    assert_eq!(inventory.vm("web1").unwrap().disks, disks);
+}
