@@ -505,6 +505,12 @@ pub(super) fn unnamed_path(destination: &Path) -> PathBuf {
     beside(destination, "strake-new")
 }
 
+/// Whether only Strake gives such a name: to a job's files, which it removes whatever they are.
+pub(super) fn is_a_jobs(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    name.starts_with(b".") && (name.ends_with(b".strake-journal") || name.ends_with(b".strake-new"))
+}
+
 fn beside(destination: &Path, what: &str) -> PathBuf {
     let name = destination
         .file_name()
@@ -562,4 +568,17 @@ fn remove_files(job: &JobRecord) -> Vec<Observation> {
     }
     left.extend(remove_journal(job).err());
     left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_names_of_a_jobs_files_are_known() {
+        let image = Path::new("/fast/root.raw");
+        assert!(is_a_jobs(&journal_path(image)) && is_a_jobs(&unnamed_path(image)));
+        assert!(!is_a_jobs(image) && !is_a_jobs(Path::new("/fast/.root.raw")));
+        assert!(!is_a_jobs(Path::new("/fast/root.strake-new")));
+    }
 }

@@ -13,6 +13,7 @@ use strake_api::spec::{
 };
 use strake_observe::{Because, Observation, OsContext, Result};
 
+use super::commit::is_a_jobs;
 use super::live::state_name;
 use super::{Host, guard, task};
 use crate::config::show;
@@ -173,6 +174,13 @@ impl Host {
                 &path,
                 "its path is not UTF-8",
                 "rename it or its directory",
+            ));
+        }
+        if is_a_jobs(&path) {
+            return Err(refused(
+                &path,
+                "such names are kept for the files of migrations, which are removed with them",
+                "give the image another name",
             ));
         }
         let directory = path.parent();
