@@ -249,13 +249,21 @@ fn an_aborted_job_never_commits() {
 fn a_commit_whose_disk_moved_meanwhile_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let inventory = with_vm(&dir.path().join("i"));
-    let job = inventory
-        .reserve_job(&NewJob {
-            source: "/elsewhere.raw".into(),
-            ..new_job()
+    let elsewhere = NewJob {
+        source: "/elsewhere.raw".into(),
+        ..new_job()
+    };
+    let seen = inventory.reserve_job(&elsewhere).unwrap_err();
+    assert_eq!(seen.id(), "host.inventory-corrupt");
+    assert!(inventory.jobs().unwrap().is_empty());
+    let job = inventory.reserve_job(&new_job()).unwrap();
+    inventory.job_running(&job.id, &files()).unwrap();
+    inventory
+        .write("move a disk", |tx| {
+            tx.execute("UPDATE disks SET image = '/elsewhere.raw'", [])?;
+            Ok(())
         })
         .unwrap();
-    inventory.job_running(&job.id, &files()).unwrap();
     assert!(inventory.commit_job(&job.id).is_err());
     assert_eq!(inventory.job(&job.id).unwrap().state, JobState::Running);
 }
