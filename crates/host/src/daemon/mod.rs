@@ -9,7 +9,7 @@
 //!
 //! 1. [`Cell::operation`]: one operation that changes a VM at a time (start, remove, the begin of
 //!    a stop or of a migration). Held while a monitor is being started, never while a guest is
-//!    being waited for.
+//!    being waited for. A stop by force does without it if there is a monitor.
 //! 2. [`Cell::jobs`]: the begin of a migration against the reconciliation of jobs with a monitor.
 //!    May be held for as long as a monitor takes to accept a job, so a supervisor never waits for
 //!    it while its VM runs: a guest may stand still until it answers.
