@@ -269,7 +269,9 @@ impl Host {
         }
         let living = record
             .process
-            .and_then(|(pid, started)| Process::find(pid, started));
+            .map(|(pid, started)| Process::find(pid, started))
+            .transpose()?
+            .flatten();
         match living {
             Some(process) => unreachable(process.pid()),
             None => Ok(()),

@@ -148,9 +148,20 @@ impl Host {
             }
             let before = record
                 .process
-                .and_then(|(pid, started)| Process::find(pid, started));
-            if let Some(process) = before {
-                host.let_go(&record.name, &process);
+                .map(|(pid, started)| Process::find(pid, started))
+                .transpose();
+            match before.map(Option::flatten) {
+                Ok(Some(process)) => host.let_go(&record.name, &process),
+                Ok(None) => {}
+                Err(seen) => {
+                    // It may live: nothing is settled, and the next start looks again.
+                    note(seen.clone());
+                    cell.change(|live| {
+                        live.state = VmState::Failed;
+                        live.trouble = Some(seen);
+                    });
+                    return;
+                }
             }
             let restarts = record.state == StoredState::Restarting;
             cell.change(|live| live.stop_asked = !restarts);
@@ -241,7 +252,9 @@ impl Host {
         let name = record.name.as_str();
         let living = record
             .process
-            .and_then(|(pid, started)| Process::find(pid, started))
+            .map(|(pid, started)| Process::find(pid, started))
+            .transpose()?
+            .flatten()
             .filter(|process| !process.wait(END_PATIENCE));
         if let Some(process) = living {
             let unreachable = Observation::from(MonitorUnreachable {
