@@ -306,11 +306,14 @@ fn what_is_read_is_in_the_database_and_not_only_in_its_log() {
     let job = inventory.reserve_job(&new_job()).unwrap();
     inventory.job_running(&job.id, &files()).unwrap();
     inventory.commit_job(&job.id).unwrap();
-    // As a daemon does that is killed: the log stays as it is.
-    std::mem::forget(inventory);
-    let next = Inventory::open(&path).unwrap();
+    // What a daemon leaves that is killed: the log stays as it is.
+    let killed = dir.path().join("k");
+    std::fs::copy(&path, &killed).unwrap();
+    std::fs::copy(dir.path().join("i-wal"), dir.path().join("k-wal")).unwrap();
+    drop(inventory);
+    let next = Inventory::open(&killed).unwrap();
     let alone = dir.path().join("alone");
-    std::fs::copy(&path, &alone).unwrap();
+    std::fs::copy(&killed, &alone).unwrap();
     drop(next);
     let alone = Inventory::open(&alone).unwrap();
     assert_eq!(alone.job(&job.id).unwrap().state, JobState::Committed);
