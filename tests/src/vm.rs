@@ -128,8 +128,9 @@ impl Vm {
     /// The kernel command line that gives the guest its address.
     #[must_use]
     pub fn cmdline(&self) -> String {
+        // Quiet, because each byte costs an exit; but the traces of a guest in trouble are wanted.
         format!(
-            "console=ttyS0 quiet panic=-1 strake.ip={}/24",
+            "console=ttyS0 quiet loglevel=5 panic=-1 strake.ip={}/24",
             self.guest().address
         )
     }
