@@ -305,3 +305,33 @@ fn neither_daemon_nor_guest_waits_for_files_to_go() {
     assert_eq!(job.status.phase, strake_api::job::Phase::Failed);
     assert_eq!(world.vm("web1").pid, again);
 }
+
+#[test]
+fn a_monitor_that_is_busy_with_its_configuration_is_not_taken_for_dead() {
+    let mut world = World::new();
+    world.create("");
+    world.kill_daemon();
+    world.start_daemon_that_dies(Some("after-configure"));
+    world.dying("POST", "/v1/vms/web1/start", &Value::Null);
+    let pid = monitors(&world.path("run"))[0];
+    signal(pid, Signal::STOP);
+    world.start_daemon();
+    let vm = world.vm("web1");
+    let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert_eq!(seen.id(), "host.monitor-unreachable", "{seen}");
+    assert!(world.path("run/vms/web1/control.sock").exists());
+    let (status, _) = world.refused("POST", "/v1/vms/web1/start", &Value::Null);
+    assert_eq!(status, 409);
+    // It answers, and its guest was never started: it is ended.
+    signal(pid, Signal::CONT);
+    let gone = soon(|| monitors(&world.path("run")).is_empty().then_some(()));
+    assert!(gone.is_some(), "{}", world.log());
+    let started = soon(|| {
+        let answer = world.raw("POST", "/v1/vms/web1/start", Vec::new());
+        answer.filter(|(status, _)| *status == 200)
+    });
+    assert!(started.is_some(), "{}", world.log());
+    assert_eq!(world.vm("web1").state, VmState::Running);
+}
