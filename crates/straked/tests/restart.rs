@@ -10,6 +10,16 @@ use serde_json::Value;
 use strake_api::control::ExitReason;
 use strake_api::rest::{Vm, VmState};
 
+/// Starts `web1` once the daemon has seen that its monitor has ended.
+fn starts_soon(world: &World) {
+    let started = soon(|| {
+        let answer = world.raw("POST", "/v1/vms/web1/start", Vec::new());
+        answer.filter(|(status, _)| *status == 200)
+    });
+    assert!(started.is_some(), "{}", world.log());
+    assert_eq!(world.vm("web1").state, VmState::Running);
+}
+
 #[test]
 fn a_killed_daemon_finds_its_vms_again() {
     let mut world = World::new();
@@ -99,7 +109,7 @@ fn a_monitor_that_lives_but_cannot_be_reached_is_not_doubled() {
     assert_eq!(status, 409);
     kill(pid);
     assert!(soon(|| monitors(&world.path("run")).is_empty().then_some(())).is_some());
-    assert_eq!(world.start("web1").state, VmState::Running);
+    starts_soon(&world);
 }
 
 #[test]
@@ -205,11 +215,7 @@ fn a_power_off_survives_the_daemon_that_heard_of_it() {
     assert!(gone.is_some(), "{}", world.log());
     let vm = world.wait_for("web1", VmState::Stopped);
     assert_eq!(vm.last_exit, Some(ExitReason::GuestPowerOff));
-    let started = soon(|| {
-        let answer = world.raw("POST", "/v1/vms/web1/start", Vec::new());
-        answer.filter(|(status, _)| *status == 200)
-    });
-    assert!(started.is_some(), "{}", world.log());
+    starts_soon(&world);
 }
 
 #[test]
@@ -304,4 +310,29 @@ fn neither_daemon_nor_guest_waits_for_files_to_go() {
     let job = world.wait_for_job(&job());
     assert_eq!(job.status.phase, strake_api::job::Phase::Failed);
     assert_eq!(world.vm("web1").pid, again);
+}
+
+#[test]
+fn a_monitor_that_is_busy_with_its_configuration_is_not_taken_for_dead() {
+    let mut world = World::new();
+    world.create("");
+    world.kill_daemon();
+    world.start_daemon_that_dies(Some("after-configure"));
+    world.dying("POST", "/v1/vms/web1/start", &Value::Null);
+    let pid = monitors(&world.path("run"))[0];
+    signal(pid, Signal::STOP);
+    world.start_daemon();
+    let vm = world.vm("web1");
+    let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert_eq!(seen.id(), "host.monitor-unreachable", "{seen}");
+    assert!(world.path("run/vms/web1/control.sock").exists());
+    let (status, _) = world.refused("POST", "/v1/vms/web1/start", &Value::Null);
+    assert_eq!(status, 409);
+    // It answers, and its guest was never started: it is ended.
+    signal(pid, Signal::CONT);
+    let gone = soon(|| monitors(&world.path("run")).is_empty().then_some(()));
+    assert!(gone.is_some(), "{}", world.log());
+    starts_soon(&world);
 }

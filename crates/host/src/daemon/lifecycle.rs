@@ -180,8 +180,13 @@ impl Host {
         crash::point("before-spawn");
         let child = spawn::spawn(&self.config.vmm, name, &socket, &log)?;
         crash::point("after-spawn");
+        // Before it is given anything: one that is not recorded has neither images nor a guest. One
+        // that is does not pass for dead if it is too busy to answer a daemon that comes back.
+        let recorded = Process::identity_of(&child)
+            .and_then(|process| self.inventory.vm_spawned(name, process));
         let mut newborn = Newborn::Child(child);
-        let seen = match self.bring_up(&launch, &socket, &mut newborn) {
+        let up = recorded.and_then(|()| self.bring_up(&launch, &socket, &mut newborn));
+        let seen = match up {
             Ok(up) => {
                 let process = newborn.keep()?;
                 return Ok(Started {

@@ -2,7 +2,7 @@
 //!
 //! Threads: each request runs on a blocking thread of its own; each VM that runs has a supervisor
 //! thread (`supervise`), a thread that ends its jobs, and inside of its connection a reader thread;
-//! when its monitor has ended, one more clears up what is left of its jobs (`commit`); one thread
+//! when its monitor has ended, one more clears up what is left of its jobs (`settle`); one thread
 //! keeps house (`housekeeping`).
 //!
 //! Locks, in the order in which they may be taken:
@@ -29,6 +29,7 @@ mod lifecycle;
 mod live;
 mod migrate;
 mod recover;
+mod settle;
 mod supervise;
 mod verdicts;
 mod view;

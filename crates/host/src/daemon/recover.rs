@@ -214,7 +214,9 @@ impl Host {
             Some(pid) => Process::hold(pid, None)?,
             None => return Err(mismatch("a process that cannot be told".to_owned())),
         };
-        if let Some(expected) = record.process
+        // What was started may have put the monitor into a process of its own.
+        if record.state == StoredState::Running
+            && let Some(expected) = record.process
             && expected != process.identity()
         {
             return Err(mismatch(format!("another process ({})", process.pid())));
@@ -242,7 +244,8 @@ impl Host {
         Ok(Found { monitor, state })
     }
 
-    /// Nobody answers for the VM.
+    /// Nobody answers for the VM. Its process decides what that means; a monitor whose process is
+    /// not recorded was given nothing yet.
     fn lost(
         self: &Arc<Self>,
         cell: &Arc<Cell>,
@@ -266,15 +269,23 @@ impl Host {
             let started_ms = record.started_ms.unwrap_or_else(now_ms);
             let monitor = Arc::new(Monitor::new(process, Connection::lost()?, started_ms));
             let watch = self.watch(cell)?;
-            watch.adopt(cell, monitor, None, Recorded::Yes, |live| {
+            // One that was being started may be busy with its configuration: what it came to, its
+            // supervisor learns once it answers.
+            let recorded = match record.state {
+                StoredState::Starting => Recorded::No,
+                _ => Recorded::Yes,
+            };
+            watch.adopt(cell, monitor, None, recorded, |live| {
                 live.state = VmState::Failed;
                 live.trouble = Some(unreachable);
             });
             return Ok(());
         }
         let why = match record.process {
-            Some((pid, _)) => self.monitor_died(name, pid, Some(Death::Unseen)),
-            None => Observation::from(StartFailed {
+            Some((pid, _)) if record.state == StoredState::Running => {
+                self.monitor_died(name, pid, Some(Death::Unseen))
+            }
+            _ => Observation::from(StartFailed {
                 vm: name.to_owned(),
             })
             .because(seen),

@@ -16,7 +16,8 @@ use crate::observations::{InventoryCorrupt, NicConflict, NoSuchVm, VmExists};
 pub enum StoredState {
     /// No monitor, or one whose guest has ended.
     Stopped,
-    /// A monitor may have been started; whether it was configured is not known.
+    /// A monitor may have been started; whether it was configured is not known. Unless its process
+    /// is recorded, it was not.
     Starting,
     /// A monitor runs the guest.
     Running,
@@ -250,6 +251,18 @@ impl Inventory {
                 _ => Ok(()),
             }
         })
+    }
+
+    /// Notes which process the monitor is that was just started and was not given anything yet.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_spawned(&self, name: &str, process: (u32, u64)) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, pid = ?2, pid_start = ?3 WHERE name = ?1",
+            params![name, process.0, to_sql(process.1)],
+        )
     }
 
     /// Notes that the guest has ended and why; its monitor is still there.

@@ -50,6 +50,15 @@ impl Process {
         }
     }
 
+    /// What the inventory records of a child that was just started.
+    pub(crate) fn identity_of(child: &Child) -> Result<(u32, u64)> {
+        let pid = child.id();
+        match start_time(pid) {
+            Ok(started) => Ok((pid, started)),
+            Err(error) => Err(NotHeld::Look(error).seen(pid)),
+        }
+    }
+
     fn try_hold(pid: u32, child: Option<Child>) -> std::result::Result<Self, NotHeld> {
         let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
         let pidfd = raw
