@@ -1,0 +1,541 @@
+//! The connection of an image to its server: one thread, shared by all queues of the image.
+//!
+//! ```text
+//! queue (virtqueue worker, copier) ── Ask ──► outgoing ──► pump thread ──► socket
+//!        ▲                                                    │
+//!        └──────────── mailbox, event ◄───────────────────────┘◄── socket
+//! ```
+//!
+//! The thread owns the channel, the decoder and every request that is on its way, so nothing of
+//! that has a lock; `outgoing` and the mailboxes do, each held for a push or a swap only, never
+//! two at once. A queue's memory is touched by this thread only between the push of an ask and the
+//! delivery of its result. When the connection is lost, every ask is delivered as failed, and so
+//! is each that comes later.
+
+use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use strake_block::Event;
+use strake_observe::{Observation, OsContext, Result, State as Recorded, recorder};
+
+use super::coverage::Coverage;
+use super::decoder::{Decoder, Expected, Sink, breach};
+use crate::channel::{Channel, Got};
+use crate::memory::{Pool, Scattered};
+use crate::protocol::transmission::{Extent, RequestHead, command, error};
+use crate::{ConnectionLost, ServerError};
+
+/// How much is read from the socket at once.
+const READ_BYTES: usize = 256 * 1024;
+
+/// How much of a write's data is handed to the channel at once, and how much waits there.
+const WRITE_BYTES: usize = 256 * 1024;
+
+/// How many reads a round makes before it looks at what is to be sent.
+const READS_PER_ROUND: usize = 16;
+
+/// How long the last words to a server may take.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+/// The error number of a lost connection.
+const EIO: i32 = 5;
+
+/// Why a request failed: an error number, and what was seen.
+#[derive(Debug, Clone)]
+pub(super) struct Failure {
+    pub(super) errno: i32,
+    pub(super) seen: Observation,
+}
+
+/// Where a queue finds what has ended.
+#[derive(Debug)]
+pub(super) struct Mailbox {
+    event: Arc<Event>,
+    ended: Mutex<Vec<(usize, std::result::Result<(), Failure>)>>,
+}
+
+impl Mailbox {
+    pub(super) fn new(event: &Arc<Event>) -> Arc<Self> {
+        Arc::new(Self {
+            event: Arc::clone(event),
+            ended: Mutex::new(Vec::new()),
+        })
+    }
+
+    pub(super) fn take(&self) -> Vec<(usize, std::result::Result<(), Failure>)> {
+        std::mem::take(&mut *lock(&self.ended))
+    }
+
+    pub(super) fn event(&self) -> &Event {
+        &self.event
+    }
+}
+
+/// Who is told the result of an ask.
+#[derive(Debug)]
+pub(super) enum To {
+    /// A queue, with its own name for the request.
+    Queue(Arc<Mailbox>, usize),
+    /// Whoever waits for extents.
+    Extents(SyncSender<std::result::Result<Vec<Extent>, Failure>>),
+}
+
+/// A request for the server.
+#[derive(Debug)]
+pub(super) struct Ask {
+    pub(super) command: u16,
+    pub(super) flags: u16,
+    pub(super) offset: u64,
+    pub(super) length: u32,
+    /// What a read fills and a write sends; empty for others.
+    pub(super) memory: Scattered,
+    pub(super) to: To,
+}
+
+#[derive(Debug, Default)]
+struct Outgoing {
+    asks: Vec<Ask>,
+    closing: bool,
+    /// Why the connection is to be given up.
+    give_up: Option<&'static str>,
+    lost: Option<Observation>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    path: String,
+    wake: Event,
+    outgoing: Mutex<Outgoing>,
+}
+
+/// Nothing under these locks can panic half way through a change.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The users' side. Dropping the last one ends the connection.
+#[derive(Debug)]
+pub(super) struct Link {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Link {
+    pub(super) fn start(
+        channel: Channel,
+        path: &str,
+        structured: bool,
+        allocation: Option<u32>,
+    ) -> Result<Self> {
+        let shared = Arc::new(Shared {
+            path: path.to_owned(),
+            wake: Event::new()?,
+            outgoing: Mutex::new(Outgoing::default()),
+        });
+        let pump = Pump {
+            channel,
+            shared: Arc::clone(&shared),
+            decoder: Decoder::new(structured),
+            asks: Asks {
+                path: path.to_owned(),
+                allocation: allocation.unwrap_or(0),
+                slots: Vec::new(),
+                free: Vec::new(),
+                generation: 0,
+            },
+            to_send: VecDeque::new(),
+            sending: None,
+            pool: Pool::default(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("nbd-link".to_owned())
+            .spawn(move || pump.run())
+            .os("clone", "a connection's thread")?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Hands over requests. They are all answered, sooner or later.
+    pub(super) fn send(&self, asks: &mut Vec<Ask>) {
+        let lost = {
+            let mut outgoing = lock(&self.shared.outgoing);
+            if outgoing.lost.is_none() {
+                outgoing.asks.append(asks);
+            }
+            outgoing.lost.clone()
+        };
+        match lost {
+            None => self.shared.wake.signal(),
+            Some(seen) => {
+                for ask in asks.drain(..) {
+                    let seen = seen.clone();
+                    deliver(ask.to, Err(Failure { errno: EIO, seen }));
+                }
+            }
+        }
+    }
+
+    /// Ends the connection at once: what is in flight fails.
+    pub(super) fn give_up(&self, why: &'static str) {
+        lock(&self.shared.outgoing).give_up = Some(why);
+        self.shared.wake.signal();
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        lock(&self.shared.outgoing).closing = true;
+        self.shared.wake.signal();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn deliver(to: To, result: std::result::Result<Option<Vec<Extent>>, Failure>) {
+    match to {
+        To::Queue(mailbox, token) => {
+            lock(&mailbox.ended).push((token, result.map(|_| ())));
+            mailbox.event.signal();
+        }
+        To::Extents(sender) => {
+            // Whoever waited has gone if this fails.
+            let _ = sender.send(result.map(Option::unwrap_or_default));
+        }
+    }
+}
+
+/// A request that was sent, or is being sent.
+#[derive(Debug)]
+struct Pending {
+    ask: Ask,
+    cookie: u64,
+    coverage: Coverage,
+    extents: Option<Vec<Extent>>,
+    failure: Option<Failure>,
+}
+
+/// What waits for a reply, by cookie: the slot, and above it a number that tells a reply to this
+/// request from one to an earlier one.
+#[derive(Debug)]
+struct Asks {
+    path: String,
+    allocation: u32,
+    slots: Vec<Option<Pending>>,
+    free: Vec<usize>,
+    generation: u32,
+}
+
+impl Asks {
+    fn slot(cookie: u64) -> usize {
+        usize::try_from(cookie & u64::from(u32::MAX)).unwrap_or(usize::MAX)
+    }
+
+    fn get(&self, cookie: u64) -> Option<&Pending> {
+        let pending = self.slots.get(Self::slot(cookie))?.as_ref();
+        pending.filter(|pending| pending.cookie == cookie)
+    }
+
+    fn get_mut(&mut self, cookie: u64) -> Option<&mut Pending> {
+        let pending = self.slots.get_mut(Self::slot(cookie))?.as_mut();
+        pending.filter(|pending| pending.cookie == cookie)
+    }
+
+    fn add(&mut self, ask: Ask) -> u64 {
+        let slot = match self.free.pop() {
+            Some(slot) => slot,
+            None => {
+                self.slots.push(None);
+                self.slots.len() - 1
+            }
+        };
+        self.generation = self.generation.wrapping_add(1);
+        let cookie = u64::from(self.generation) << 32 | slot as u64;
+        if let Some(place) = self.slots.get_mut(slot) {
+            *place = Some(Pending {
+                ask,
+                cookie,
+                coverage: Coverage::default(),
+                extents: None,
+                failure: None,
+            });
+        }
+        cookie
+    }
+}
+
+impl Sink for Asks {
+    fn expected(&self, cookie: u64) -> Option<Expected> {
+        let ask = &self.get(cookie)?.ask;
+        Some(match ask.command {
+            command::READ => Expected::Data {
+                offset: ask.offset,
+                length: ask.length,
+            },
+            command::BLOCK_STATUS => Expected::Extents {
+                context: self.allocation,
+            },
+            _ => Expected::Result,
+        })
+    }
+
+    fn coverage(&mut self, cookie: u64) -> Option<&mut Coverage> {
+        self.get_mut(cookie).map(|pending| &mut pending.coverage)
+    }
+
+    fn data(&mut self, cookie: u64, at: u64, bytes: &[u8]) {
+        if let (Some(pending), Ok(at)) = (self.get(cookie), usize::try_from(at)) {
+            pending.ask.memory.copy_from(at, bytes);
+        }
+    }
+
+    fn zeroes(&mut self, cookie: u64, at: u64, length: u32) {
+        let range = (usize::try_from(at), usize::try_from(length));
+        if let (Some(pending), (Ok(at), Ok(length))) = (self.get(cookie), range) {
+            pending.ask.memory.zero(at, length);
+        }
+    }
+
+    fn extents(&mut self, cookie: u64, extents: Vec<Extent>) {
+        if let Some(pending) = self.get_mut(cookie) {
+            pending.extents = Some(extents);
+        }
+    }
+
+    fn failed(&mut self, cookie: u64, error: u32, message: String) {
+        let message = match message.is_empty() {
+            true => "no reason given".to_owned(),
+            false => message,
+        };
+        let seen = ServerError {
+            path: self.path.clone(),
+            error,
+            name: error::name(error).to_owned(),
+            message,
+        };
+        if let Some(pending) = self.get_mut(cookie) {
+            pending.failure.get_or_insert_with(|| Failure {
+                errno: errno(error),
+                seen: seen.into(),
+            });
+        }
+    }
+
+    fn done(&mut self, cookie: u64) {
+        let slot = Self::slot(cookie);
+        let place = self.slots.get_mut(slot);
+        let Some(ended) =
+            place.and_then(|place| place.take_if(|pending| pending.cookie == cookie))
+        else {
+            return;
+        };
+        self.free.push(slot);
+        let extents = ended.extents;
+        let missing = ended.ask.command == command::BLOCK_STATUS && extents.is_none();
+        let result = match ended.failure {
+            Some(failure) => Err(failure),
+            None if missing => Err(Failure {
+                errno: EIO,
+                seen: crate::protocol::malformed("reply", "it has no extents"),
+            }),
+            None => Ok(extents),
+        };
+        deliver(ended.ask.to, result);
+    }
+}
+
+/// The host's number for the protocol's. What is not known counts as EINVAL (so the
+/// specification).
+fn errno(error: u32) -> i32 {
+    match error {
+        error::EPERM
+        | error::EIO
+        | error::ENOMEM
+        | error::EINVAL
+        | error::ENOSPC
+        | error::EOVERFLOW
+        | error::ENOTSUP
+        | error::ESHUTDOWN => i32::try_from(error).unwrap_or(EIO),
+        _ => 22,
+    }
+}
+
+/// The data of a write that is on its way to the channel.
+#[derive(Debug)]
+struct Sending {
+    cookie: u64,
+    at: usize,
+    left: usize,
+}
+
+/// The thread.
+struct Pump {
+    channel: Channel,
+    shared: Arc<Shared>,
+    decoder: Decoder,
+    asks: Asks,
+    to_send: VecDeque<Ask>,
+    sending: Option<Sending>,
+    pool: Pool,
+}
+
+impl Pump {
+    fn run(mut self) {
+        let mut scratch = vec![0u8; READ_BYTES];
+        if let Err(seen) = self.pump(&mut scratch) {
+            self.lose(seen);
+        }
+    }
+
+    fn lost(&self, why: &str) -> Observation {
+        ConnectionLost {
+            path: self.shared.path.clone(),
+            why: why.to_owned(),
+        }
+        .into()
+    }
+
+    /// Until the image and its queues have gone, or the connection is lost.
+    fn pump(&mut self, scratch: &mut [u8]) -> Result<()> {
+        loop {
+            {
+                // Cleared before the look, so that what comes after it wakes again.
+                self.shared.wake.clear();
+                let mut outgoing = lock(&self.shared.outgoing);
+                self.to_send.extend(outgoing.asks.drain(..));
+                if let Some(why) = outgoing.give_up {
+                    drop(outgoing);
+                    return Err(self.lost(why));
+                }
+                if outgoing.closing {
+                    drop(outgoing);
+                    self.say_goodbye();
+                    return Ok(());
+                }
+            }
+            self.fill();
+            let sent = self.channel.flush(&mut self.pool);
+            sent.map_err(|seen| self.lost("it does not take requests").because(seen))?;
+            self.receive(scratch)?;
+            if self.may_fill() || self.channel.has_input() {
+                // More can be done; but look at what came meanwhile first.
+                continue;
+            }
+            let wake = [self.shared.wake.as_fd()];
+            self.channel.wait(true, wake, None)?;
+        }
+    }
+
+    fn may_fill(&self) -> bool {
+        let more = self.sending.is_some() || !self.to_send.is_empty();
+        more && self.channel.queued() < WRITE_BYTES
+    }
+
+    /// Hands requests to the channel, as long as not much waits there.
+    fn fill(&mut self) {
+        while self.may_fill() {
+            if let Some(sending) = &mut self.sending {
+                let count = sending.left.min(WRITE_BYTES);
+                let mut pages = self.pool.take(count);
+                if let Some(pending) = self.asks.get(sending.cookie) {
+                    pending.ask.memory.copy_to(sending.at, pages.bytes_mut());
+                }
+                self.channel.push_pages(Arc::new(pages), 0..count);
+                sending.at += count;
+                sending.left -= count;
+                if sending.left == 0 {
+                    self.sending = None;
+                }
+                continue;
+            }
+            let Some(ask) = self.to_send.pop_front() else {
+                return;
+            };
+            let mut head = RequestHead {
+                flags: ask.flags,
+                command: ask.command,
+                cookie: 0,
+                offset: ask.offset,
+                length: ask.length,
+            };
+            let left = match ask.command {
+                command::WRITE => usize::try_from(ask.length).unwrap_or(0),
+                _ => 0,
+            };
+            head.cookie = self.asks.add(ask);
+            self.channel.push(head.encode().to_vec());
+            self.sending = (left > 0).then_some(Sending {
+                cookie: head.cookie,
+                at: 0,
+                left,
+            });
+        }
+    }
+
+    fn receive(&mut self, scratch: &mut [u8]) -> Result<()> {
+        for _ in 0..READS_PER_ROUND {
+            let got = self.channel.read(scratch);
+            match got.map_err(|seen| self.lost("it cannot be read").because(seen))? {
+                Got::Some(count) => {
+                    let bytes = scratch.get(..count).unwrap_or(&[]);
+                    breach(self.decoder.feed(bytes, &mut self.asks))
+                        .map_err(|seen| self.lost("the server misbehaves").because(seen))?;
+                    if self.sent_half() {
+                        return Err(self.lost("the server answered what was not yet sent"));
+                    }
+                }
+                Got::Nothing => return Ok(()),
+                Got::End => return Err(self.lost("the server ended it")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the write that is being sent was answered: its memory is the queue's again, so the
+    /// rest of it cannot be sent any more. (A server may refuse a write early, but it must take
+    /// the data all the same; none does both.)
+    fn sent_half(&self) -> bool {
+        let sending = self.sending.as_ref();
+        sending.is_some_and(|sending| self.asks.get(sending.cookie).is_none())
+    }
+
+    fn say_goodbye(&mut self) {
+        let head = RequestHead {
+            flags: 0,
+            command: command::DISC,
+            cookie: 0,
+            offset: 0,
+            length: 0,
+        };
+        self.channel.push(head.encode().to_vec());
+        let until = Instant::now() + GOODBYE;
+        while self.channel.flush(&mut self.pool).is_ok() && self.channel.wants_write() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.channel.wait(false, [], Some(left)).is_err() {
+                break;
+            }
+        }
+        self.channel.say_goodbye();
+    }
+
+    /// The connection is lost: everybody who waits is told, and whoever comes later.
+    fn lose(&mut self, seen: Observation) {
+        recorder().record(seen.clone(), Recorded::Open);
+        {
+            let mut outgoing = lock(&self.shared.outgoing);
+            outgoing.lost = Some(seen.clone());
+            self.to_send.extend(outgoing.asks.drain(..));
+        }
+        let pending = self.asks.slots.drain(..).flatten().map(|pending| pending.ask);
+        for ask in pending.chain(self.to_send.drain(..)) {
+            let seen = seen.clone();
+            deliver(ask.to, Err(Failure { errno: EIO, seen }));
+        }
+    }
+}
