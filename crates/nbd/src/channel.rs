@@ -170,10 +170,6 @@ impl Channel {
         })
     }
 
-    pub(crate) fn encrypted(&self) -> bool {
-        self.tls.is_some()
-    }
-
     /// Bytes that wait to go out.
     pub(crate) fn queued(&self) -> usize {
         self.queued
