@@ -421,6 +421,8 @@ impl Channel {
             let full = send_tls(&mut tls, &self.socket)?;
             if !tls.is_handshaking() && !full {
                 self.tls = Some(tls);
+                // What came with the last of the handshake is in there already.
+                self.ready = true;
                 return Ok(true);
             }
             let mut flags = PollFlags::empty();

@@ -10,6 +10,8 @@ pub mod decoder;
 mod link;
 mod negotiation;
 mod queue;
+#[cfg(test)]
+mod tests;
 
 use std::net::{TcpStream, ToSocketAddrs};
 use std::ops::Range;

@@ -13,6 +13,8 @@ pub mod negotiation;
 mod replies;
 pub mod request;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
