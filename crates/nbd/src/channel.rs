@@ -8,8 +8,8 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -434,10 +434,8 @@ impl Channel {
             if !until.poll(&self.socket, flags)? {
                 return Ok(false);
             }
-            if !full {
-                if receive_tls(&mut tls, &self.socket)? == Got::End {
-                    return Ok(false);
-                }
+            if !full && receive_tls(&mut tls, &self.socket)? == Got::End {
+                return Ok(false);
             }
         }
     }

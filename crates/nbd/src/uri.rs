@@ -195,7 +195,11 @@ fn parse_authority(authority: &str) -> std::result::Result<Address, &'static str
             let (host, after) = bracketed.split_once(']').ok_or("the ] is missing")?;
             let port = match after {
                 "" => None,
-                after => Some(after.strip_prefix(':').ok_or("nothing but :PORT goes after ]")?),
+                after => Some(
+                    after
+                        .strip_prefix(':')
+                        .ok_or("nothing but :PORT goes after ]")?,
+                ),
             };
             (host, port)
         }
@@ -210,7 +214,9 @@ fn parse_authority(authority: &str) -> std::result::Result<Address, &'static str
     }
     let port = match port {
         None => DEFAULT_PORT,
-        Some(port) => port.parse().map_err(|_| "the port is not a number up to 65535")?,
+        Some(port) => port
+            .parse()
+            .map_err(|_| "the port is not a number up to 65535")?,
     };
     Ok(Address::Tcp { host, port })
 }

@@ -34,14 +34,18 @@ fn connect(uri: &Uri) -> UnixStream {
     stream.set_write_timeout(limit).unwrap();
     let mut said = [0u8; 18];
     stream.read_exact(&mut said).unwrap();
-    stream.write_all(&client_flags(FIXED_NEWSTYLE | NO_ZEROES)).unwrap();
+    stream
+        .write_all(&client_flags(FIXED_NEWSTYLE | NO_ZEROES))
+        .unwrap();
     stream
 }
 
 /// A client in the transmission phase, with simple replies.
 fn enter(uri: &Uri) -> UnixStream {
     let mut stream = connect(uri);
-    stream.write_all(&option_message(option::EXPORT_NAME, b"root")).unwrap();
+    stream
+        .write_all(&option_message(option::EXPORT_NAME, b"root"))
+        .unwrap();
     stream.read_exact(&mut [0u8; 10]).unwrap();
     stream
 }
@@ -79,19 +83,27 @@ fn clients_that_break_off() {
     drop(connect(&uri));
     drop(enter(&uri));
     // In the middle of a request, of its payload, and with replies on the way.
-    enter(&uri).write_all(&request(command::READ, 1, 0, 512)[..20]).unwrap();
+    enter(&uri)
+        .write_all(&request(command::READ, 1, 0, 512)[..20])
+        .unwrap();
     let mut stream = enter(&uri);
-    stream.write_all(&request(command::WRITE, 1, 0, 4096)).unwrap();
+    stream
+        .write_all(&request(command::WRITE, 1, 0, 4096))
+        .unwrap();
     stream.write_all(&[1; 1000]).unwrap();
     drop(stream);
     let mut stream = enter(&uri);
     for cookie in 0..100 {
-        stream.write_all(&request(command::READ, cookie, 0, 1 << 20)).unwrap();
+        stream
+            .write_all(&request(command::READ, cookie, 0, 1 << 20))
+            .unwrap();
     }
     drop(stream);
     // No magic number; a payload that nobody takes; an option that is far too long.
     enter(&uri).write_all(&[0; 28]).unwrap();
-    enter(&uri).write_all(&request(command::WRITE, 1, 0, u32::MAX)).unwrap();
+    enter(&uri)
+        .write_all(&request(command::WRITE, 1, 0, u32::MAX))
+        .unwrap();
     let mut head = option_message(option::LIST, &[]);
     head[12..16].copy_from_slice(&u32::MAX.to_be_bytes());
     connect(&uri).write_all(&head).unwrap();
@@ -106,13 +118,19 @@ fn noise() {
     let (server, uri) = serve(dir.path(), LiveExport::new(disk(&dir.path().join("disk"))));
     let mut random = Random::new(3);
     for turn in 0..60 {
-        let mut stream = if turn % 2 == 0 { connect(&uri) } else { enter(&uri) };
+        let mut stream = if turn % 2 == 0 {
+            connect(&uri)
+        } else {
+            enter(&uri)
+        };
         let mut bytes = vec![0u8; 400];
         random.fill(&mut bytes);
         if turn % 3 == 0 {
             let command = random.below(9) as u16;
             let (offset, length) = (random.below(1 << 21), random.below(1 << 14) as u32);
-            stream.write_all(&request(command, 1, offset, length)).unwrap();
+            stream
+                .write_all(&request(command, 1, offset, length))
+                .unwrap();
         }
         let _ = stream.write_all(&bytes);
     }
@@ -140,7 +158,10 @@ fn a_client_that_does_not_read() {
         works(&uri);
     }
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let resident = status.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    let resident = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS"))
+        .unwrap();
     let kib: u64 = resident.split_whitespace().nth(1).unwrap().parse().unwrap();
     assert!(kib < 600 * 1024, "{resident}");
     let began = Instant::now();
@@ -215,7 +236,9 @@ fn an_option_with_the_end_of_the_handshake() {
     let (_server, uri) = tls_server(dir.path());
     let pem = |name: &str| dir.path().join("pki").join(name);
     let mut roots = rustls::RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(pem("ca-cert.pem")).unwrap()).unwrap();
+    roots
+        .add(CertificateDer::from_pem_file(pem("ca-cert.pem")).unwrap())
+        .unwrap();
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -228,12 +251,16 @@ fn an_option_with_the_end_of_the_handshake() {
         .unwrap();
     for _ in 0..5 {
         let mut stream = connect(&uri);
-        stream.write_all(&option_message(option::STARTTLS, &[])).unwrap();
+        stream
+            .write_all(&option_message(option::STARTTLS, &[]))
+            .unwrap();
         stream.read_exact(&mut [0u8; 20]).unwrap();
         let name = "localhost".try_into().unwrap();
         let mut tls = rustls::ClientConnection::new(Arc::new(config.clone()), name).unwrap();
         // Before the handshake: it goes out with its last message.
-        tls.writer().write_all(&option_message(option::LIST, &[])).unwrap();
+        tls.writer()
+            .write_all(&option_message(option::LIST, &[]))
+            .unwrap();
         let mut out = Vec::new();
         let mut answer = [0u8; 20];
         let mut have = 0;

@@ -93,7 +93,9 @@ fn writes_what_is_asked_for() {
             2 => {
                 model[range].fill(0);
                 let unmap = random.below(2) == 0;
-                queue.operate(Operation::WriteZeroes { len, unmap }, offset).unwrap();
+                queue
+                    .operate(Operation::WriteZeroes { len, unmap }, offset)
+                    .unwrap();
             }
             3 => {
                 model[range].fill(0);
@@ -209,8 +211,20 @@ fn a_lost_connection_is_told() {
     let lost = seen.find("nbd.connection-lost").unwrap();
     assert!(lost.is::<ConnectionLost>() && !lost.remedy().is_empty());
     // And again for whoever comes later.
-    assert!(image.flush().unwrap_err().find("nbd.connection-lost").is_some());
-    assert!(image.allocated(0).unwrap_err().find("nbd.connection-lost").is_some());
+    assert!(
+        image
+            .flush()
+            .unwrap_err()
+            .find("nbd.connection-lost")
+            .is_some()
+    );
+    assert!(
+        image
+            .allocated(0)
+            .unwrap_err()
+            .find("nbd.connection-lost")
+            .is_some()
+    );
     // The socket has gone with the server.
     let seen = NbdImage::connect(&uri, Access::ReadWrite).unwrap_err();
     assert!(seen.is::<ConnectFailed>());
@@ -225,7 +239,10 @@ fn read_only_and_unknown_exports() {
     let seen = NbdImage::connect(&uri, Access::ReadWrite).unwrap_err();
     assert!(seen.is::<NotWritable>());
     let image = NbdImage::connect(&uri, Access::ReadOnly).unwrap();
-    let refused = Blocking::new(&image).unwrap().write(0, &[0; 512]).unwrap_err();
+    let refused = Blocking::new(&image)
+        .unwrap()
+        .write(0, &[0; 512])
+        .unwrap_err();
     assert_eq!(refused.id(), "block.read-only");
     let mut other = uri.clone();
     other.export = "none".to_owned();
@@ -266,7 +283,10 @@ fn over_tls() {
     assert!(back == data);
     // In the clear nothing is told.
     let seen = NbdImage::connect(&plain, Access::ReadOnly).unwrap_err();
-    assert!(seen.find("nbd.tls-mismatch").is_some_and(|seen| seen.is::<TlsMismatch>()));
+    assert!(
+        seen.find("nbd.tls-mismatch")
+            .is_some_and(|seen| seen.is::<TlsMismatch>())
+    );
     assert!(strake_nbd::client::exports(&plain).is_err());
     // Another name than the certificate has.
     let mut other = uri.clone();

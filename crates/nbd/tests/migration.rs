@@ -79,7 +79,10 @@ fn guest(image: &NbdImage, third: u64, stop: &AtomicBool, writes: &AtomicU64) ->
         let at = random.below(size / 4096) * 4096;
         let mut data = [0u8; 4096];
         queue.read(start + at, &mut data).unwrap();
-        assert!(data == model[at as usize..at as usize + 4096], "block at {at}");
+        assert!(
+            data == model[at as usize..at as usize + 4096],
+            "block at {at}"
+        );
         writes.fetch_add(1, Ordering::Relaxed);
     }
     model
@@ -99,8 +102,7 @@ fn clients_write_while_the_disk_moves() {
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     create(&a, 24 * MIB);
     create(&b, 24 * MIB);
-    let images: [Arc<dyn Image>; 2] =
-        [open(&a, Access::ReadWrite), open(&b, Access::ReadWrite)];
+    let images: [Arc<dyn Image>; 2] = [open(&a, Access::ReadWrite), open(&b, Access::ReadWrite)];
     let disk = LiveDisk::new("root", Arc::clone(&images[0]));
     let (_server, uri) = serve(dir.path(), LiveExport::new(Arc::clone(&disk)));
     let (stop, writes) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -162,7 +164,10 @@ fn onto(uri: &Uri, file: &Path) {
 }
 
 fn empty(path: &Path) {
-    std::fs::File::create(path).unwrap().set_len(12 * MIB).unwrap();
+    std::fs::File::create(path)
+        .unwrap()
+        .set_len(12 * MIB)
+        .unwrap();
 }
 
 #[test]
@@ -176,7 +181,9 @@ fn onto_an_export_of_ours() {
 
 #[test]
 fn onto_qemu_nbd() {
-    let Some(program) = peer("qemu-nbd") else { return };
+    let Some(program) = peer("qemu-nbd") else {
+        return;
+    };
     let dir = dir();
     let (file, socket) = (dir.path().join("there"), dir.path().join("s"));
     empty(&file);
@@ -188,11 +195,19 @@ fn onto_qemu_nbd() {
 
 #[test]
 fn onto_nbdkit() {
-    let Some(program) = peer("nbdkit") else { return };
+    let Some(program) = peer("nbdkit") else {
+        return;
+    };
     let dir = dir();
     let (file, socket) = (dir.path().join("there"), dir.path().join("s"));
     empty(&file);
-    let arguments = ["-f", "-U", socket.to_str().unwrap(), "file", file.to_str().unwrap()];
+    let arguments = [
+        "-f",
+        "-U",
+        socket.to_str().unwrap(),
+        "file",
+        file.to_str().unwrap(),
+    ];
     let _peer = Peer::start(&program, &arguments, &socket);
     onto(&Uri::new(Address::Unix(socket), ""), &file);
 }
@@ -200,13 +215,14 @@ fn onto_nbdkit() {
 /// What nbdcopy copies meanwhile is what is there, on whichever file it is.
 #[test]
 fn nbdcopy_while_the_disk_moves() {
-    let Some(program) = peer("nbdcopy") else { return };
+    let Some(program) = peer("nbdcopy") else {
+        return;
+    };
     let dir = dir();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
     let content = create(&a, 24 * MIB);
     create(&b, 24 * MIB);
-    let images: [Arc<dyn Image>; 2] =
-        [open(&a, Access::ReadWrite), open(&b, Access::ReadWrite)];
+    let images: [Arc<dyn Image>; 2] = [open(&a, Access::ReadWrite), open(&b, Access::ReadWrite)];
     let disk = LiveDisk::new("root", Arc::clone(&images[0]));
     let (_server, uri) = serve(dir.path(), LiveExport::new(Arc::clone(&disk)));
     let stop = AtomicBool::new(false);

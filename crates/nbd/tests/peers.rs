@@ -14,8 +14,7 @@ use std::sync::Arc;
 
 use strake_block::{Access, Blocking, Image, Operation};
 use strake_nbd::{
-    Address, Export, Listener, LiveExport, NbdImage, Security, Server, ServerConfig, TlsServer,
-    Uri,
+    Address, Export, Listener, LiveExport, NbdImage, Security, Server, ServerConfig, TlsServer, Uri,
 };
 
 use common::{MIB, Peer, certificates, create, dir, disk, output, peer, run, serve, with_tls};
@@ -27,16 +26,22 @@ fn exercise(image: &NbdImage, content: &[u8]) {
     let mut queue = Blocking::new(image).unwrap();
     let write = |queue: &mut Blocking, model: &mut [u8], at: u64, byte: u8, len: usize| {
         model[at as usize..at as usize + len].fill(byte);
-        queue.write(at, &model[at as usize..at as usize + len]).unwrap();
+        queue
+            .write(at, &model[at as usize..at as usize + len])
+            .unwrap();
     };
     write(&mut queue, &mut model, 0, 1, 512);
     write(&mut queue, &mut model, MIB + 512, 2, 6 * MIB as usize);
     for (unmap, at) in [(false, 2 * MIB), (true, 3 * MIB + 512)] {
         let len = MIB / 2;
-        queue.operate(Operation::WriteZeroes { len, unmap }, at).unwrap();
+        queue
+            .operate(Operation::WriteZeroes { len, unmap }, at)
+            .unwrap();
         model[at as usize..(at + len) as usize].fill(0);
     }
-    queue.operate(Operation::Discard { len: MIB }, 12 * MIB).unwrap();
+    queue
+        .operate(Operation::Discard { len: MIB }, 12 * MIB)
+        .unwrap();
     // It may read as anything from then on.
     write(&mut queue, &mut model, 12 * MIB, 3, MIB as usize);
     queue.operate(Operation::Flush, 0).unwrap();
@@ -60,8 +65,13 @@ fn text(path: &Path) -> &str {
 
 #[test]
 fn qemu_nbd_serves() {
-    let Some(program) = peer("qemu-nbd") else { return };
-    for more in [&[][..], &["--cache=none", "--aio=io_uring", "--discard=unmap"]] {
+    let Some(program) = peer("qemu-nbd") else {
+        return;
+    };
+    for more in [
+        &[][..],
+        &["--cache=none", "--aio=io_uring", "--discard=unmap"],
+    ] {
         let dir = dir();
         let (file, socket) = (dir.path().join("disk"), dir.path().join("s"));
         let content = create(&file, 16 * MIB);
@@ -80,7 +90,9 @@ fn qemu_nbd_serves() {
 
 #[test]
 fn qemu_nbd_is_killed() {
-    let Some(program) = peer("qemu-nbd") else { return };
+    let Some(program) = peer("qemu-nbd") else {
+        return;
+    };
     let dir = dir();
     let (file, socket) = (dir.path().join("disk"), dir.path().join("s"));
     create(&file, MIB);
@@ -98,14 +110,21 @@ fn qemu_nbd_is_killed() {
 
 #[test]
 fn nbdkit_serves() {
-    let Some(program) = peer("nbdkit") else { return };
+    let Some(program) = peer("nbdkit") else {
+        return;
+    };
     // The file plugin as it is; with all that may be missing; with large blocks told in small
     // pieces; with replies in any order.
     for filters in [
         &[][..],
         &["--filter=nozero", "zeromode=none"],
         &["--filter=noextents", "--no-sr"],
-        &["--filter=fua", "--filter=blocksize", "fuamode=emulate", "maxlen=64K"],
+        &[
+            "--filter=fua",
+            "--filter=blocksize",
+            "fuamode=emulate",
+            "maxlen=64K",
+        ],
         &["--filter=delay", "rdelay=1ms", "wdelay=1ms"],
     ] {
         let dir = dir();
@@ -126,7 +145,9 @@ fn nbdkit_serves() {
 
 #[test]
 fn nbdkit_says_no() {
-    let Some(program) = peer("nbdkit") else { return };
+    let Some(program) = peer("nbdkit") else {
+        return;
+    };
     let refused = |arguments: &[&str], access| {
         let dir = dir();
         let socket = dir.path().join("s");
@@ -144,29 +165,48 @@ fn nbdkit_says_no() {
 
 #[test]
 fn an_error_of_nbdkit() {
-    let Some(program) = peer("nbdkit") else { return };
+    let Some(program) = peer("nbdkit") else {
+        return;
+    };
     let dir = dir();
     let socket = dir.path().join("s");
-    let more = ["--filter=error", "memory", "1M", "error=ENOSPC", "error-pwrite-rate=100%"];
+    let more = [
+        "--filter=error",
+        "memory",
+        "1M",
+        "error=ENOSPC",
+        "error-pwrite-rate=100%",
+    ];
     let mut arguments = vec!["-f", "-U", text(&socket)];
     arguments.extend(more);
     let _peer = Peer::start(&program, &arguments, &socket);
     let uri = Uri::new(Address::Unix(socket.clone()), "");
     let image = NbdImage::connect(&uri, Access::ReadWrite).unwrap();
-    let seen = Blocking::new(&image).unwrap().write(0, &[1; 512]).unwrap_err();
+    let seen = Blocking::new(&image)
+        .unwrap()
+        .write(0, &[1; 512])
+        .unwrap_err();
     assert_eq!(seen.datum("errno").unwrap(), 28);
     assert!(seen.find("nbd.server-error").is_some());
 }
 
 #[test]
 fn nbdkit_by_tls() {
-    let Some(program) = peer("nbdkit") else { return };
+    let Some(program) = peer("nbdkit") else {
+        return;
+    };
     let dir = dir();
     let pki = certificates(dir.path());
     let (file, socket) = (dir.path().join("disk"), dir.path().join("s"));
     let content = create(&file, 16 * MIB);
     let certificates = format!("--tls-certificates={}", pki.display());
-    let mut arguments = vec!["-f", "-U", text(&socket), "--tls=require", "--tls-verify-peer"];
+    let mut arguments = vec![
+        "-f",
+        "-U",
+        text(&socket),
+        "--tls=require",
+        "--tls-verify-peer",
+    ];
     arguments.extend([certificates.as_str(), "file", text(&file)]);
     let _peer = Peer::start(&program, &arguments, &socket);
     let plain = Uri::new(Address::Unix(socket.clone()), "");
@@ -178,7 +218,9 @@ fn nbdkit_by_tls() {
 
 #[test]
 fn qemu_nbd_by_tls() {
-    let Some(program) = peer("qemu-nbd") else { return };
+    let Some(program) = peer("qemu-nbd") else {
+        return;
+    };
     let dir = dir();
     let pki = certificates(dir.path());
     let (file, socket) = (dir.path().join("disk"), dir.path().join("s"));
@@ -188,8 +230,18 @@ fn qemu_nbd_by_tls() {
         pki.display()
     );
     let arguments = [
-        "-k", text(&socket), "-f", "raw", "-x", "root", "-t", "--object", &credentials,
-        "--tls-creds", "tls", text(&file),
+        "-k",
+        text(&socket),
+        "-f",
+        "raw",
+        "-x",
+        "root",
+        "-t",
+        "--object",
+        &credentials,
+        "--tls-creds",
+        "tls",
+        text(&file),
     ];
     let _peer = Peer::start(&program, &arguments, &socket);
     let uri = Uri::new(Address::Unix(socket.clone()), "root");
@@ -199,7 +251,9 @@ fn qemu_nbd_by_tls() {
 
 #[test]
 fn nbdinfo_looks() {
-    let Some(program) = peer("nbdinfo") else { return };
+    let Some(program) = peer("nbdinfo") else {
+        return;
+    };
     let dir = dir();
     let file = dir.path().join("disk");
     create(&file, 16 * MIB);
@@ -238,7 +292,9 @@ fn nbdinfo_looks() {
 
 #[test]
 fn nbdcopy_copies() {
-    let Some(program) = peer("nbdcopy") else { return };
+    let Some(program) = peer("nbdcopy") else {
+        return;
+    };
     let dir = dir();
     let (file, copy, third) = (
         dir.path().join("disk"),
@@ -254,17 +310,30 @@ fn nbdcopy_copies() {
     assert!(std::fs::read(&copy).unwrap() == content);
     server.stop();
     // And onto one of ours.
-    std::fs::File::create(&third).unwrap().set_len(32 * MIB).unwrap();
+    std::fs::File::create(&third)
+        .unwrap()
+        .set_len(32 * MIB)
+        .unwrap();
     let (_server, uri) = serve(dir.path(), LiveExport::new(disk(&third)));
     run(&program, &["--flush", text(&file), &uri.to_string()]);
     assert!(std::fs::read(&third).unwrap() == content);
-    run(&program, &["--flush", "--destination-is-zero", text(&file), &uri.to_string()]);
+    run(
+        &program,
+        &[
+            "--flush",
+            "--destination-is-zero",
+            text(&file),
+            &uri.to_string(),
+        ],
+    );
     assert!(std::fs::read(&third).unwrap() == content);
 }
 
 #[test]
 fn qemu_img_converts_and_compares() {
-    let Some(program) = peer("qemu-img") else { return };
+    let Some(program) = peer("qemu-img") else {
+        return;
+    };
     let dir = dir();
     let (file, copy, third) = (
         dir.path().join("disk"),
@@ -272,18 +341,34 @@ fn qemu_img_converts_and_compares() {
         dir.path().join("third"),
     );
     let content = create(&file, 32 * MIB);
-    std::fs::File::create(&third).unwrap().set_len(32 * MIB).unwrap();
+    std::fs::File::create(&third)
+        .unwrap()
+        .set_len(32 * MIB)
+        .unwrap();
     let (server, uri) = serve(dir.path(), LiveExport::new(disk(&file)));
     let uri = uri.to_string();
-    run(&program, &["convert", "-f", "raw", "-O", "qcow2", &uri, text(&copy)]);
-    let compared = run(&program, &["compare", "-f", "raw", "-F", "qcow2", &uri, text(&copy)]);
+    run(
+        &program,
+        &["convert", "-f", "raw", "-O", "qcow2", &uri, text(&copy)],
+    );
+    let compared = run(
+        &program,
+        &["compare", "-f", "raw", "-F", "qcow2", &uri, text(&copy)],
+    );
     assert!(compared.contains("identical"), "{compared}");
     let map = run(&program, &["map", "--output=json", "-f", "raw", &uri]);
     assert!(map.contains("\"zero\": true"), "{map}");
     server.stop();
-    for more in [&["-n"][..], &["-n", "-W", "-m", "8"], &["-n", "--target-is-zero"]] {
+    for more in [
+        &["-n"][..],
+        &["-n", "-W", "-m", "8"],
+        &["-n", "--target-is-zero"],
+    ] {
         let fresh = dir.path().join("fresh");
-        std::fs::File::create(&fresh).unwrap().set_len(32 * MIB).unwrap();
+        std::fs::File::create(&fresh)
+            .unwrap()
+            .set_len(32 * MIB)
+            .unwrap();
         let (server, uri) = serve(dir.path(), LiveExport::new(disk(&fresh)));
         let uri = uri.to_string();
         let mut arguments = vec!["convert", "-f", "qcow2", "-O", "raw"];
@@ -297,7 +382,9 @@ fn qemu_img_converts_and_compares() {
 
 #[test]
 fn qemu_io_finds_no_fault() {
-    let Some(program) = peer("qemu-io") else { return };
+    let Some(program) = peer("qemu-io") else {
+        return;
+    };
     let dir = dir();
     let file = dir.path().join("disk");
     create(&file, 16 * MIB);
@@ -326,7 +413,10 @@ fn qemu_io_finds_no_fault() {
     }
     arguments.push(&uri);
     let said = run(&program, &arguments);
-    assert!(!said.contains("failed") && !said.contains("error"), "{said}");
+    assert!(
+        !said.contains("failed") && !said.contains("error"),
+        "{said}"
+    );
 }
 
 /// Both of the others' TLS, at our server.
@@ -363,10 +453,11 @@ fn clients_by_tls() {
             "tls-creds-x509,id=tls,endpoint=client,dir={}",
             pki.display()
         );
-        let options = format!(
-            "driver=nbd,host=localhost,port={port},export=root,tls-creds=tls"
+        let options = format!("driver=nbd,host=localhost,port={port},export=root,tls-creds=tls");
+        let said = run(
+            &qemu_img,
+            &["info", "--object", &credentials, "--image-opts", &options],
         );
-        let said = run(&qemu_img, &["info", "--object", &credentials, "--image-opts", &options]);
         assert!(said.contains("16 MiB"), "{said}");
     }
 }

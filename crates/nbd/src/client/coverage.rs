@@ -56,6 +56,8 @@ impl Coverage {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::cast_possible_truncation)]
+
     use proptest::prelude::*;
 
     use super::*;

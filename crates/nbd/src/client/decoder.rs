@@ -289,8 +289,12 @@ fn fill(to: &mut [u8], have: &mut usize, want: usize, from: &[u8]) -> usize {
 }
 
 fn waiting(sink: &dyn Sink, cookie: u64) -> Result<Expected> {
-    sink.expected(cookie)
-        .ok_or_else(|| malformed("reply", format!("nothing was asked with cookie {cookie:#x}")))
+    sink.expected(cookie).ok_or_else(|| {
+        malformed(
+            "reply",
+            format!("nothing was asked with cookie {cookie:#x}"),
+        )
+    })
 }
 
 /// Checks that the range was asked for and has not come yet; gives where in the request it is.
@@ -310,7 +314,10 @@ fn claim(sink: &mut dyn Sink, cookie: u64, start: u64, length: u32) -> Result<u6
     });
     fits.ok_or_else(|| {
         let range = format!("{length} bytes at {start}");
-        malformed("chunk", format!("{range} were not asked for, or came twice"))
+        malformed(
+            "chunk",
+            format!("{range} were not asked for, or came twice"),
+        )
     })
 }
 

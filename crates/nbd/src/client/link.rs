@@ -330,8 +330,7 @@ impl Sink for Asks {
     fn done(&mut self, cookie: u64) {
         let slot = Self::slot(cookie);
         let place = self.slots.get_mut(slot);
-        let Some(ended) =
-            place.and_then(|place| place.take_if(|pending| pending.cookie == cookie))
+        let Some(ended) = place.and_then(|place| place.take_if(|pending| pending.cookie == cookie))
         else {
             return;
         };
@@ -532,7 +531,12 @@ impl Pump {
             outgoing.lost = Some(seen.clone());
             self.to_send.extend(outgoing.asks.drain(..));
         }
-        let pending = self.asks.slots.drain(..).flatten().map(|pending| pending.ask);
+        let pending = self
+            .asks
+            .slots
+            .drain(..)
+            .flatten()
+            .map(|pending| pending.ask);
         for ask in pending.chain(self.to_send.drain(..)) {
             let seen = seen.clone();
             deliver(ask.to, Err(Failure { errno: EIO, seen }));

@@ -148,12 +148,13 @@ impl NbdImage {
     ) -> Result<Self> {
         let mut channel = Channel::new(socket)?;
         let wanted = wanted(uri, tls);
-        let agreed = negotiation::negotiate(&mut channel, &uri.export, wanted).because_of(|| {
-            NegotiationFailed {
-                server: uri.server(),
-                export: uri.export.clone(),
-            }
-        })?;
+        let agreed =
+            negotiation::negotiate(&mut channel, &uri.export, wanted).because_of(|| {
+                NegotiationFailed {
+                    server: uri.server(),
+                    export: uri.export.clone(),
+                }
+            })?;
         let path = uri.to_string();
         let export = Arc::new(usable(&path, &agreed, access)?);
         let link = Link::start(channel, &path, agreed.structured, agreed.allocation)?;

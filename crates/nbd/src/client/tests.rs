@@ -88,9 +88,18 @@ fn hole(flags: u16, at: u64, length: u32) -> Vec<u8> {
 #[test]
 fn a_read_in_pieces() {
     let mut wire = data(1, 0, 512, &[7; 512]);
-    wire.extend(ReplyHead::Simple { error: 0, cookie: 3 }.encode());
+    wire.extend(
+        ReplyHead::Simple {
+            error: 0,
+            cookie: 3,
+        }
+        .encode(),
+    );
     wire.extend(hole(0, 0, 512));
-    let extents = vec![Extent { length: 9, state: 3 }];
+    let extents = vec![Extent {
+        length: 9,
+        state: 3,
+    }];
     let context = 5;
     wire.extend(ChunkPayload::Status { context, extents }.encode(2, chunk::DONE));
     wire.extend(ChunkPayload::None.encode(1, chunk::DONE));
@@ -110,7 +119,11 @@ fn a_read_in_pieces() {
 
 #[test]
 fn a_simple_read() {
-    let mut wire = ReplyHead::Simple { error: 0, cookie: 1 }.encode();
+    let mut wire = ReplyHead::Simple {
+        error: 0,
+        cookie: 1,
+    }
+    .encode();
     wire.extend([9; LENGTH as usize]);
     let mut asked = Asked::new();
     Decoder::new(false).feed(&wire, &mut asked).unwrap();
@@ -118,7 +131,11 @@ fn a_simple_read() {
     assert!(asked.data.iter().all(|byte| *byte == 9));
     let mut asked = Asked::new();
     assert!(Decoder::new(true).feed(&wire, &mut asked).is_err());
-    let failed = ReplyHead::Simple { error: 5, cookie: 1 }.encode();
+    let failed = ReplyHead::Simple {
+        error: 5,
+        cookie: 1,
+    }
+    .encode();
     Decoder::new(true).feed(&failed, &mut asked).unwrap();
     assert_eq!(asked.failed, [(1, error::EIO)]);
 }
@@ -135,21 +152,48 @@ fn success_without_the_data_is_none() {
 fn breaches() {
     let two = |one: Vec<u8>, other: Vec<u8>| [one, other].concat();
     let status = |context, cookie| {
-        let extents = vec![Extent { length: 9, state: 3 }];
+        let extents = vec![Extent {
+            length: 9,
+            state: 3,
+        }];
         ChunkPayload::Status { context, extents }.encode(cookie, chunk::DONE)
     };
     for (what, wire) in [
         ("magic", vec![0u8; 16]),
-        ("cookie", ReplyHead::Simple { error: 0, cookie: 4 }.encode()),
+        (
+            "cookie",
+            ReplyHead::Simple {
+                error: 0,
+                cookie: 4,
+            }
+            .encode(),
+        ),
         ("beyond the end", data(1, 0, 1000, &[1; 25])),
-        ("before the begin", data(1, 0, 0u64.wrapping_sub(1), &[1; 2])),
+        (
+            "before the begin",
+            data(1, 0, 0u64.wrapping_sub(1), &[1; 2]),
+        ),
         ("twice", two(data(1, 0, 0, &[1; 9]), data(1, 0, 8, &[1; 9]))),
         ("data and hole", two(data(1, 0, 0, &[1; 9]), hole(0, 0, 1))),
         ("data for a write", data(3, 0, 0, &[1; 9])),
-        ("hole for a status", ChunkPayload::Hole { offset: OFFSET, length: 1 }.encode(2, 0)),
+        (
+            "hole for a status",
+            ChunkPayload::Hole {
+                offset: OFFSET,
+                length: 1,
+            }
+            .encode(2, 0),
+        ),
         ("another context", status(6, 2)),
         ("extents for a read", status(5, 1)),
-        ("no extents", ReplyHead::Simple { error: 0, cookie: 2 }.encode()),
+        (
+            "no extents",
+            ReplyHead::Simple {
+                error: 0,
+                cookie: 2,
+            }
+            .encode(),
+        ),
         ("none in the middle", ChunkPayload::None.encode(1, 0)),
         ("after the end", two(status(5, 2), status(5, 2))),
     ] {

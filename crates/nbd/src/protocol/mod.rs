@@ -82,7 +82,8 @@ impl<'a> Reader<'a> {
             return Err(self.bad(format!("a string of {count} bytes")));
         }
         let taken = self.take(count)?;
-        let text = std::str::from_utf8(taken).map_err(|_| self.bad("a string that is not UTF-8"))?;
+        let text =
+            std::str::from_utf8(taken).map_err(|_| self.bad("a string that is not UTF-8"))?;
         if text.contains('\0') {
             return Err(self.bad("a string with a zero byte"));
         }

@@ -74,7 +74,10 @@ fn chunks_that_break_the_rules() {
         (chunk::ERROR_OFFSET, &[0, 0, 0, 5, 0, 0, 1]),
         (77, &[]),
     ] {
-        assert!(ChunkPayload::parse(kind, payload).is_err(), "{kind} {payload:?}");
+        assert!(
+            ChunkPayload::parse(kind, payload).is_err(),
+            "{kind} {payload:?}"
+        );
     }
     // An unknown error is an error, whatever follows its message.
     let unknown = ChunkPayload::parse(chunk::ERROR_BIT + 99, &[0, 0, 0, 5, 0, 1, b'x', 1, 2]);

@@ -345,7 +345,7 @@ impl ChunkPayload {
             }
             chunk::BLOCK_STATUS => {
                 let context = reader.u32()?;
-                if reader.left() == 0 || reader.left() % 8 != 0 {
+                if reader.left() == 0 || !reader.left().is_multiple_of(8) {
                     return Err(reader.bad(format!("extents in {} bytes", reader.left())));
                 }
                 let mut extents = Vec::with_capacity(reader.left() / 8);

@@ -123,10 +123,10 @@ impl Listener {
         match &self.socket {
             Listening::Unix(listener) => {
                 let (stream, _) = listener.accept()?;
-                let who = rustix::net::sockopt::socket_peercred(&stream)
-                    .map_or_else(|_| "a local process".to_owned(), |peer| {
-                        format!("process {}", peer.pid.as_raw_nonzero())
-                    });
+                let who = rustix::net::sockopt::socket_peercred(&stream).map_or_else(
+                    |_| "a local process".to_owned(),
+                    |peer| format!("process {}", peer.pid.as_raw_nonzero()),
+                );
                 Ok((Socket::Unix(stream), who))
             }
             Listening::Tcp(listener) => {
@@ -202,7 +202,11 @@ impl Server {
             })
             .collect();
         let shared = Arc::new(Shared {
-            exports: config.exports.into_iter().map(|(_, export)| export).collect(),
+            exports: config
+                .exports
+                .into_iter()
+                .map(|(_, export)| export)
+                .collect(),
             offers,
             tls: config.tls,
             stop: Event::new()?,

@@ -190,7 +190,9 @@ impl<'a> Negotiation<'a> {
     }
 
     fn export_name(&self, data: &[u8], out: &mut Vec<u8>) -> Next {
-        let name = std::str::from_utf8(data).ok().filter(|_| data.len() <= MAX_STRING);
+        let name = std::str::from_utf8(data)
+            .ok()
+            .filter(|_| data.len() <= MAX_STRING);
         let Some((index, offer)) = name.and_then(|name| self.find(name)) else {
             return Next::End;
         };
@@ -279,9 +281,10 @@ impl<'a> Negotiation<'a> {
         let Some((index, _)) = self.find(&request.name) else {
             return unknown(out, option);
         };
-        let chosen = request.queries.iter().any(|query| {
-            query == BASE_ALLOCATION || (!set && query == "base:")
-        });
+        let chosen = request
+            .queries
+            .iter()
+            .any(|query| query == BASE_ALLOCATION || (!set && query == "base:"));
         if chosen || (!set && request.queries.is_empty()) {
             let id = if set { ALLOCATION_ID } else { 0 };
             let data = meta_context_data(id, BASE_ALLOCATION);

@@ -1,7 +1,7 @@
 //! What a client may ask for: the check of each request before anything is done for it.
 
-use crate::protocol::transmission::{RequestHead, command, command_flag, error};
 use crate::protocol::MAX_PAYLOAD;
+use crate::protocol::transmission::{RequestHead, command, command_flag, error};
 
 /// What the session's client may do.
 #[derive(Debug, Clone, Copy)]

@@ -200,7 +200,11 @@ impl Session {
                 self.reap()?;
                 continue;
             }
-            let stop = if ended { self.flights.event() } else { stop.as_fd() };
+            let stop = if ended {
+                self.flights.event()
+            } else {
+                stop.as_fd()
+            };
             let events = [self.flights.event(), stop];
             let left = leave_by.map(|by| by.saturating_duration_since(Instant::now()));
             if left.is_some_and(|left| left.is_zero()) && self.flights.count() == 0 {
@@ -420,9 +424,9 @@ impl Session {
                     let length = usize::try_from(flight.length).unwrap_or(0);
                     let range = skip..skip + length;
                     let channel = &mut self.channel;
-                    let unsent = self
-                        .replies
-                        .data(channel, cookie, offset, flight.pages, range, whole);
+                    let unsent =
+                        self.replies
+                            .data(channel, cookie, offset, flight.pages, range, whole);
                     if let Some(pages) = unsent {
                         self.give(pages);
                     }

@@ -109,7 +109,12 @@ fn nothing_before_tls() {
     let offers = offers();
     let mut it = Negotiation::new(&offers, Tls::Required, true);
     let refused = (vec![reply::ERR_TLS_REQD], Next::Option);
-    for option in [option::LIST, option::STRUCTURED_REPLY, option::SET_META_CONTEXT, 77] {
+    for option in [
+        option::LIST,
+        option::STRUCTURED_REPLY,
+        option::SET_META_CONTEXT,
+        77,
+    ] {
         assert_eq!(ask(&mut it, option, &[]), refused);
     }
     assert_eq!(ask(&mut it, option::GO, &go("one")), refused);
@@ -117,7 +122,13 @@ fn nothing_before_tls() {
     assert_eq!(ask(&mut it, option::STARTTLS, &[]).1, Next::Tls);
     assert_eq!(ask(&mut it, option::STARTTLS, &[]).0, [reply::ERR_INVALID]);
     let (_, next) = ask(&mut it, option::GO, &go("one"));
-    assert!(matches!(next, Next::Transmission(Agreed { structured: false, .. })));
+    assert!(matches!(
+        next,
+        Next::Transmission(Agreed {
+            structured: false,
+            ..
+        })
+    ));
     let mut it = Negotiation::new(&offers, Tls::Required, true);
     assert_eq!(ask(&mut it, option::EXPORT_NAME, b"one").1, Next::End);
     let mut it = Negotiation::new(&offers, Tls::None, true);
@@ -129,7 +140,10 @@ fn it_does_not_go_on_for_ever() {
     let offers = offers();
     let mut it = Negotiation::new(&offers, Tls::None, true);
     for _ in 0..MAX_OPTIONS {
-        assert_eq!(ask(&mut it, 77, &[]), (vec![reply::ERR_UNSUP], Next::Option));
+        assert_eq!(
+            ask(&mut it, 77, &[]),
+            (vec![reply::ERR_UNSUP], Next::Option)
+        );
     }
     assert_eq!(ask(&mut it, 77, &[]).1, Next::End);
 }
@@ -175,7 +189,10 @@ fn requests_that_are_refused() {
         (5, 0, 0, 512, error::EINVAL),
         (99, 0, 0, 0, error::EINVAL),
     ] {
-        assert_eq!(refused(&head(command, flags, offset, length), &LIMITS), expected);
+        assert_eq!(
+            refused(&head(command, flags, offset, length), &LIMITS),
+            expected
+        );
     }
     let read_only = Limits {
         writable: false,
@@ -191,13 +208,22 @@ fn requests_that_are_refused() {
     };
     let whole = head(command::READ, command_flag::DF, 0, 512);
     assert_eq!(refused(&whole, &plain), error::EINVAL);
-    assert_eq!(refused(&head(command::BLOCK_STATUS, 0, 0, 512), &plain), error::EINVAL);
+    assert_eq!(
+        refused(&head(command::BLOCK_STATUS, 0, 0, 512), &plain),
+        error::EINVAL
+    );
     let large = Limits {
         size: 1 << 40,
         ..LIMITS
     };
-    assert_eq!(refused(&head(command::READ, 0, 0, 1 << 26), &large), error::EOVERFLOW);
-    assert_eq!(check(&head(command::WRITE, 0, 0, 1 << 26), &large), Action::HangUp);
+    assert_eq!(
+        refused(&head(command::READ, 0, 0, 1 << 26), &large),
+        error::EOVERFLOW
+    );
+    assert_eq!(
+        check(&head(command::WRITE, 0, 0, 1 << 26), &large),
+        Action::HangUp
+    );
 }
 
 proptest! {

@@ -190,10 +190,17 @@ pub fn certificates(dir: &Path) -> PathBuf {
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     authority.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let authority_key = KeyPair::generate().unwrap();
-    write("ca-cert.pem", &authority.self_signed(&authority_key).unwrap().pem());
+    write(
+        "ca-cert.pem",
+        &authority.self_signed(&authority_key).unwrap().pem(),
+    );
     let issuer = Issuer::from_params(&authority, &authority_key);
     for (file, names, purpose) in [
-        ("server", &["localhost", "127.0.0.1"][..], ExtendedKeyUsagePurpose::ServerAuth),
+        (
+            "server",
+            &["localhost", "127.0.0.1"][..],
+            ExtendedKeyUsagePurpose::ServerAuth,
+        ),
         ("client", &[][..], ExtendedKeyUsagePurpose::ClientAuth),
     ] {
         let mut params = named(names, file);
