@@ -16,13 +16,14 @@ mod memory;
 mod observations;
 pub mod protocol;
 pub mod server;
+mod socket;
 mod tls;
 mod uri;
 
-pub use channel::Socket;
 pub use client::NbdImage;
 pub use export::{Access, Export, ExportQueue, LiveExport};
 pub use observations::*;
 pub use server::{Listener, Server, ServerConfig};
+pub use socket::Socket;
 pub use tls::{Identity, TlsClient, TlsServer};
 pub use uri::{Address, DEFAULT_PORT, Security, Uri};

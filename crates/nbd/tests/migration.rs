@@ -17,10 +17,14 @@ use std::time::Duration;
 
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
 use strake_block::{Access, Blocking, Image, LiveDisk, Migration, SwitchHooks};
-use strake_nbd::{Address, LiveExport, NbdImage, Uri};
+use strake_nbd::{
+    Address, Export, Listener, LiveExport, NbdImage, Server, ServerConfig, TlsServer, Uri,
+};
 use strake_observe::Result;
 
-use common::{MIB, Peer, Random, create, dir, disk, open, peer, run, serve};
+use common::{
+    MIB, Peer, Random, certificates, create, dir, disk, open, peer, run, serve, with_tls,
+};
 
 struct Hooks(Mutex<Sender<()>>);
 
@@ -38,14 +42,13 @@ impl SwitchHooks for Hooks {
     fn ended(&self, _: &MigrationStatus) {}
 }
 
-/// Moves the disk and commits.
-fn migrate(disk: &Arc<LiveDisk>, to: &Arc<dyn Image>) {
-    let (sender, asked): (_, Receiver<()>) = channel();
-    let limits = MigrationLimits {
-        // What is tested is the data, however busy this host is.
-        pause_ms: 10_000,
-        ..MigrationLimits::default()
-    };
+/// Starts to move the disk; and what tells when it asks for its commit.
+fn start(
+    disk: &Arc<LiveDisk>,
+    to: &Arc<dyn Image>,
+    limits: MigrationLimits,
+) -> (Arc<Migration>, Receiver<()>) {
+    let (sender, asked) = channel();
     let migration = Migration::start(
         Arc::clone(disk),
         Arc::clone(to),
@@ -55,6 +58,17 @@ fn migrate(disk: &Arc<LiveDisk>, to: &Arc<dyn Image>) {
         Arc::new(Hooks(Mutex::new(sender))),
     )
     .unwrap();
+    (migration, asked)
+}
+
+/// Moves the disk and commits.
+fn migrate(disk: &Arc<LiveDisk>, to: &Arc<dyn Image>) {
+    let limits = MigrationLimits {
+        // What is tested is the data, however busy this host is.
+        pause_ms: 10_000,
+        ..MigrationLimits::default()
+    };
+    let (migration, asked) = start(disk, to, limits);
     asked.recv_timeout(Duration::from_secs(120)).unwrap();
     migration.decide(true);
     let status = migration.join();
@@ -210,6 +224,70 @@ fn onto_nbdkit() {
     ];
     let _peer = Peer::start(&program, &arguments, &socket);
     onto(&Uri::new(Address::Unix(socket), ""), &file);
+}
+
+#[test]
+fn onto_an_export_by_tls() {
+    let dir = dir();
+    let file = dir.path().join("there");
+    empty(&file);
+    let pki = certificates(dir.path());
+    let export: Arc<dyn Export> = Arc::new(LiveExport::new(disk(&file)));
+    let config = ServerConfig {
+        exports: vec![("root".to_owned(), export)],
+        tls: Some(TlsServer::from_directory(&pki).unwrap()),
+    };
+    let listener = Listener::tcp("127.0.0.1:0").unwrap();
+    let port = listener.tcp_address().unwrap().port();
+    let _server = Server::start(config, vec![listener]).unwrap();
+    let host = "127.0.0.1".to_owned();
+    let uri = Uri::new(Address::Tcp { host, port }, "root");
+    onto(&with_tls(&uri, &pki), &file);
+}
+
+/// The destination dies in the middle of the copy: the disk stays where it is, and its clients
+/// notice nothing.
+#[test]
+fn the_destination_is_killed() {
+    let Some(program) = peer("qemu-nbd") else {
+        return;
+    };
+    let dir = dir();
+    let (source, file) = (dir.path().join("source"), dir.path().join("there"));
+    let socket = dir.path().join("s");
+    create(&source, 12 * MIB);
+    empty(&file);
+    let arguments = ["-k", socket.to_str().unwrap(), "-f", "raw", "-t"];
+    let arguments = [&arguments[..], &[file.to_str().unwrap()]].concat();
+    let mut peer = Peer::start(&program, &arguments, &socket);
+    let disk = disk(&source);
+    let (_server, here) = serve(dir.path(), LiveExport::new(Arc::clone(&disk)));
+    let image = NbdImage::connect(&here, Access::ReadWrite).unwrap();
+    let (stop, writes) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (stop, writes) = (&stop, &writes);
+    std::thread::scope(|scope| {
+        let guest = scope.spawn(move || guest(&image, 0, stop, writes));
+        let uri = Uri::new(Address::Unix(socket), "");
+        let there: Arc<dyn Image> = Arc::new(NbdImage::connect(&uri, Access::ReadWrite).unwrap());
+        let slowly = MigrationLimits {
+            bytes_per_second: Some(MIB),
+            ..MigrationLimits::default()
+        };
+        let (migration, _asked) = start(&disk, &there, slowly);
+        after(writes, 20);
+        peer.kill();
+        let status = migration.join();
+        assert_eq!(status.phase, Phase::Failed, "{status:?}");
+        let failure = status.failure.unwrap();
+        let lost = failure.find("nbd.connection-lost");
+        assert!(lost.is_some(), "{failure:?}");
+        assert_eq!(disk.image().path(), source.display().to_string());
+        after(writes, 20);
+        stop.store(true, Ordering::Relaxed);
+        let model = guest.join().unwrap();
+        disk.flush().unwrap();
+        assert!(std::fs::read(&source).unwrap()[..model.len()] == model);
+    });
 }
 
 /// What nbdcopy copies meanwhile is what is there, on whichever file it is.

@@ -14,20 +14,19 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use strake_block::Event;
 use strake_observe::{Observation, OsContext, Result, State as Recorded, recorder};
 
-use super::coverage::Coverage;
-use super::decoder::{Decoder, Expected, Sink, breach};
+use super::asks::{Ask, Asks, EIO, Failure, deliver, lock};
+use super::decoder::{Decoder, breach};
+use crate::ConnectionLost;
 use crate::channel::{Channel, Got};
-use crate::memory::{Pool, Scattered};
-use crate::protocol::transmission::{Extent, RequestHead, command, error};
-use crate::{ConnectionLost, ServerError};
+use crate::memory::Pool;
+use crate::protocol::transmission::{RequestHead, command};
 
 /// How much is read from the socket at once.
 const READ_BYTES: usize = 256 * 1024;
@@ -40,61 +39,6 @@ const READS_PER_ROUND: usize = 16;
 
 /// How long the last words to a server may take.
 const GOODBYE: Duration = Duration::from_millis(500);
-
-/// The error number of a lost connection.
-const EIO: i32 = 5;
-
-/// Why a request failed: an error number, and what was seen.
-#[derive(Debug, Clone)]
-pub(super) struct Failure {
-    pub(super) errno: i32,
-    pub(super) seen: Observation,
-}
-
-/// Where a queue finds what has ended.
-#[derive(Debug)]
-pub(super) struct Mailbox {
-    event: Arc<Event>,
-    ended: Mutex<Vec<(usize, std::result::Result<(), Failure>)>>,
-}
-
-impl Mailbox {
-    pub(super) fn new(event: &Arc<Event>) -> Arc<Self> {
-        Arc::new(Self {
-            event: Arc::clone(event),
-            ended: Mutex::new(Vec::new()),
-        })
-    }
-
-    pub(super) fn take(&self) -> Vec<(usize, std::result::Result<(), Failure>)> {
-        std::mem::take(&mut *lock(&self.ended))
-    }
-
-    pub(super) fn event(&self) -> &Event {
-        &self.event
-    }
-}
-
-/// Who is told the result of an ask.
-#[derive(Debug)]
-pub(super) enum To {
-    /// A queue, with its own name for the request.
-    Queue(Arc<Mailbox>, usize),
-    /// Whoever waits for extents.
-    Extents(SyncSender<std::result::Result<Vec<Extent>, Failure>>),
-}
-
-/// A request for the server.
-#[derive(Debug)]
-pub(super) struct Ask {
-    pub(super) command: u16,
-    pub(super) flags: u16,
-    pub(super) offset: u64,
-    pub(super) length: u32,
-    /// What a read fills and a write sends; empty for others.
-    pub(super) memory: Scattered,
-    pub(super) to: To,
-}
 
 #[derive(Debug, Default)]
 struct Outgoing {
@@ -110,11 +54,6 @@ struct Shared {
     path: String,
     wake: Event,
     outgoing: Mutex<Outgoing>,
-}
-
-/// Nothing under these locks can panic half way through a change.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The users' side. Dropping the last one ends the connection.
@@ -140,13 +79,7 @@ impl Link {
             channel,
             shared: Arc::clone(&shared),
             decoder: Decoder::new(structured),
-            asks: Asks {
-                path: path.to_owned(),
-                allocation: allocation.unwrap_or(0),
-                slots: Vec::new(),
-                free: Vec::new(),
-                generation: 0,
-            },
+            asks: Asks::new(path, allocation),
             to_send: VecDeque::new(),
             sending: None,
             pool: Pool::default(),
@@ -195,173 +128,6 @@ impl Drop for Link {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-    }
-}
-
-fn deliver(to: To, result: std::result::Result<Option<Vec<Extent>>, Failure>) {
-    match to {
-        To::Queue(mailbox, token) => {
-            lock(&mailbox.ended).push((token, result.map(|_| ())));
-            mailbox.event.signal();
-        }
-        To::Extents(sender) => {
-            // Whoever waited has gone if this fails.
-            let _ = sender.send(result.map(Option::unwrap_or_default));
-        }
-    }
-}
-
-/// A request that was sent, or is being sent.
-#[derive(Debug)]
-struct Pending {
-    ask: Ask,
-    cookie: u64,
-    coverage: Coverage,
-    extents: Option<Vec<Extent>>,
-    failure: Option<Failure>,
-}
-
-/// What waits for a reply, by cookie: the slot, and above it a number that tells a reply to this
-/// request from one to an earlier one.
-#[derive(Debug)]
-struct Asks {
-    path: String,
-    allocation: u32,
-    slots: Vec<Option<Pending>>,
-    free: Vec<usize>,
-    generation: u32,
-}
-
-impl Asks {
-    fn slot(cookie: u64) -> usize {
-        usize::try_from(cookie & u64::from(u32::MAX)).unwrap_or(usize::MAX)
-    }
-
-    fn get(&self, cookie: u64) -> Option<&Pending> {
-        let pending = self.slots.get(Self::slot(cookie))?.as_ref();
-        pending.filter(|pending| pending.cookie == cookie)
-    }
-
-    fn get_mut(&mut self, cookie: u64) -> Option<&mut Pending> {
-        let pending = self.slots.get_mut(Self::slot(cookie))?.as_mut();
-        pending.filter(|pending| pending.cookie == cookie)
-    }
-
-    fn add(&mut self, ask: Ask) -> u64 {
-        let slot = match self.free.pop() {
-            Some(slot) => slot,
-            None => {
-                self.slots.push(None);
-                self.slots.len() - 1
-            }
-        };
-        self.generation = self.generation.wrapping_add(1);
-        let cookie = u64::from(self.generation) << 32 | slot as u64;
-        if let Some(place) = self.slots.get_mut(slot) {
-            *place = Some(Pending {
-                ask,
-                cookie,
-                coverage: Coverage::default(),
-                extents: None,
-                failure: None,
-            });
-        }
-        cookie
-    }
-}
-
-impl Sink for Asks {
-    fn expected(&self, cookie: u64) -> Option<Expected> {
-        let ask = &self.get(cookie)?.ask;
-        Some(match ask.command {
-            command::READ => Expected::Data {
-                offset: ask.offset,
-                length: ask.length,
-            },
-            command::BLOCK_STATUS => Expected::Extents {
-                context: self.allocation,
-            },
-            _ => Expected::Result,
-        })
-    }
-
-    fn coverage(&mut self, cookie: u64) -> Option<&mut Coverage> {
-        self.get_mut(cookie).map(|pending| &mut pending.coverage)
-    }
-
-    fn data(&mut self, cookie: u64, at: u64, bytes: &[u8]) {
-        if let (Some(pending), Ok(at)) = (self.get(cookie), usize::try_from(at)) {
-            pending.ask.memory.copy_from(at, bytes);
-        }
-    }
-
-    fn zeroes(&mut self, cookie: u64, at: u64, length: u32) {
-        let range = (usize::try_from(at), usize::try_from(length));
-        if let (Some(pending), (Ok(at), Ok(length))) = (self.get(cookie), range) {
-            pending.ask.memory.zero(at, length);
-        }
-    }
-
-    fn extents(&mut self, cookie: u64, extents: Vec<Extent>) {
-        if let Some(pending) = self.get_mut(cookie) {
-            pending.extents = Some(extents);
-        }
-    }
-
-    fn failed(&mut self, cookie: u64, error: u32, message: String) {
-        let message = match message.is_empty() {
-            true => "no reason given".to_owned(),
-            false => message,
-        };
-        let seen = ServerError {
-            path: self.path.clone(),
-            error,
-            name: error::name(error).to_owned(),
-            message,
-        };
-        if let Some(pending) = self.get_mut(cookie) {
-            pending.failure.get_or_insert_with(|| Failure {
-                errno: errno(error),
-                seen: seen.into(),
-            });
-        }
-    }
-
-    fn done(&mut self, cookie: u64) {
-        let slot = Self::slot(cookie);
-        let place = self.slots.get_mut(slot);
-        let Some(ended) = place.and_then(|place| place.take_if(|pending| pending.cookie == cookie))
-        else {
-            return;
-        };
-        self.free.push(slot);
-        let extents = ended.extents;
-        let missing = ended.ask.command == command::BLOCK_STATUS && extents.is_none();
-        let result = match ended.failure {
-            Some(failure) => Err(failure),
-            None if missing => Err(Failure {
-                errno: EIO,
-                seen: crate::protocol::malformed("reply", "it has no extents"),
-            }),
-            None => Ok(extents),
-        };
-        deliver(ended.ask.to, result);
-    }
-}
-
-/// The host's number for the protocol's. What is not known counts as EINVAL (so the
-/// specification).
-fn errno(error: u32) -> i32 {
-    match error {
-        error::EPERM
-        | error::EIO
-        | error::ENOMEM
-        | error::EINVAL
-        | error::ENOSPC
-        | error::EOVERFLOW
-        | error::ENOTSUP
-        | error::ESHUTDOWN => i32::try_from(error).unwrap_or(EIO),
-        _ => 22,
     }
 }
 
@@ -531,13 +297,7 @@ impl Pump {
             outgoing.lost = Some(seen.clone());
             self.to_send.extend(outgoing.asks.drain(..));
         }
-        let pending = self
-            .asks
-            .slots
-            .drain(..)
-            .flatten()
-            .map(|pending| pending.ask);
-        for ask in pending.chain(self.to_send.drain(..)) {
+        for ask in self.asks.drain().chain(self.to_send.drain(..)) {
             let seen = seen.clone();
             deliver(ask.to, Err(Failure { errno: EIO, seen }));
         }

@@ -2,9 +2,10 @@
 //!
 //! * `negotiation`: until the export is open;
 //! * `decoder`: the server's replies, without a socket; `coverage`: what of a read has come;
-//! * `link`: the connection and its thread;
+//! * `asks`: what waits for a reply; `link`: the connection and its thread;
 //! * `queue`: a disk's requests.
 
+mod asks;
 pub mod coverage;
 pub mod decoder;
 mod link;
@@ -23,12 +24,14 @@ use std::time::Duration;
 use strake_block::{Access, Blocking, Event, Image, ImageQueue, Operation, SECTOR_BYTES};
 use strake_observe::{Because, Observation, OsContext, Result};
 
-use self::link::{Ask, Failure, Link, To};
+use self::asks::{Ask, Failure, To};
+use self::link::Link;
 use self::negotiation::{Agreed, Wanted};
 use self::queue::{Export, Flushing, NbdQueue};
-use crate::channel::{Channel, Socket};
+use crate::channel::Channel;
 use crate::memory::Scattered;
 use crate::protocol::transmission::{Extent, STATE_ZERO, command, flag};
+use crate::socket::Socket;
 use crate::tls::TlsClient;
 use crate::uri::{Address, Security, Uri};
 use crate::{

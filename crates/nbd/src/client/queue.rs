@@ -14,7 +14,8 @@ use strake_block::{
 };
 use strake_observe::{Observation, Result};
 
-use super::link::{Ask, Failure, Link, Mailbox, To};
+use super::asks::{Ask, Failure, Mailbox, To};
+use super::link::Link;
 use crate::memory::Scattered;
 use crate::protocol::transmission::{command, command_flag};
 
@@ -28,7 +29,7 @@ const RANGE_PART: u64 = 256 * 1024 * 1024;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What zeroes are written from where a server cannot write zeroes itself.
-static ZEROES: [u8; 1024 * 1024] = [0; 1024 * 1024];
+static ZEROES: [u8; 256 * 1024] = [0; 256 * 1024];
 
 /// How a server makes writes durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

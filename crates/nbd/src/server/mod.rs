@@ -31,8 +31,9 @@ use strake_observe::{Because, Observation, OsContext, Result, State, recorder};
 
 use self::negotiation::Offer;
 use self::session::{Session, Welcome};
-use crate::channel::{Channel, Socket};
+use crate::channel::Channel;
 use crate::export::{Access, Export};
+use crate::socket::Socket;
 use crate::tls::TlsServer;
 use crate::{ListenFailed, SessionFailed, TooManyClients};
 

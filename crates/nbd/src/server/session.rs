@@ -40,6 +40,9 @@ const MAX_MEMORY: usize = 3 * MAX_PAYLOAD as usize;
 /// How long a server that is stopped waits for its clients to take the last replies.
 const LAST_REPLIES: Duration = Duration::from_secs(3);
 
+/// How long it looks away meanwhile.
+const REST: Duration = Duration::from_millis(20);
+
 /// How many times a round reads from the socket before it looks at what has ended.
 const READS_PER_ROUND: usize = 64;
 
@@ -210,6 +213,8 @@ impl Session {
             if left.is_some_and(|left| left.is_zero()) && self.flights.count() == 0 {
                 return Ok(());
             }
+            // What is in flight is waited for, however long it takes, but not without rest.
+            let left = left.map(|left| left.max(REST));
             let [reapable, stopped] = self.channel.wait(ready, events, left)?;
             if reapable {
                 self.reap()?;
