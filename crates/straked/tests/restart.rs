@@ -158,6 +158,9 @@ fn a_monitor_that_cannot_be_reached_can_be_stopped_by_force() {
     std::fs::remove_file(world.path("run/vms/web1/control.sock")).unwrap();
     world.start_daemon();
     assert_eq!(world.vm("web1").state, VmState::Failed);
+    let (_, seen) = world.refused("POST", "/v1/vms/web1/stop", &Value::Null);
+    let why = seen.find("host.wrong-state").unwrap();
+    assert!(why.remedy().contains("--force"), "{why}");
     let stopped = std::thread::scope(|scope| {
         let stop = scope.spawn(|| world.stop_by_force("web1"));
         // It is asked first, in vain; here the test ends it sooner than the daemon's patience.

@@ -84,12 +84,14 @@ fn phase(job: &Value) -> &str {
 /// Every job has come to an end, and the stores hold the disk's image and nothing else that looks
 /// like one, unless a completed job left its source there.
 fn settled(host: &Host, vm: &Vm) -> Outcome {
+    let mut seen = Vec::new();
     wait_until("every job has ended", Duration::from_secs(90), || {
-        Ok(jobs(host)?
+        seen = jobs(host)?;
+        Ok(seen
             .iter()
             .all(|job| ["completed", "failed", "cancelled"].contains(&phase(job))))
     })
-    .doing(format!("jobs: {:?}", jobs(host)?))?;
+    .map_err(|failure| Failure::new(format!("{failure}; jobs: {seen:?}")))?;
     let image = vm.image(host)?;
     check!(
         image.exists(),
@@ -115,7 +117,7 @@ fn forget_sources(host: &Host, vm: &Vm) -> Outcome {
 fn daemon_at_points(name: &str) -> Outcome {
     let mut host = Host::start(name)?;
     let vm = Vm::boot(&mut host, Shape::default())?;
-    let stamps = Stamps::start(vm.guest(), "--rate 100")?;
+    let stamps = Stamps::start(vm.guest(), "--rate 20")?;
     let monitor = vm.pid(&host)?;
     for point in CRASH_POINTS.iter().filter(|point| of_a_migration(point)) {
         daemon_at_point(&mut host, &vm, &stamps, point)
@@ -241,7 +243,7 @@ fn daemon_at_reset(name: &str) -> Outcome {
 fn daemon_at_random(name: &str) -> Outcome {
     let mut host = Host::start(name)?;
     let vm = Vm::boot(&mut host, Shape::default())?;
-    let stamps = Stamps::start(vm.guest(), "--rate 100")?;
+    let stamps = Stamps::start(vm.guest(), "--rate 20")?;
     for round in 0..4 {
         let to = other_store(&host, &vm)?;
         let client = vm.migrate_in_background(&host, to, &["--rate", "20M"])?;
@@ -267,7 +269,7 @@ fn monitor_killed(name: &str) -> Outcome {
     for round in 0..2 {
         vm.start(&mut host)?;
         vm.wait_for_guest(&host)?;
-        let _stamps = Stamps::start(vm.guest(), "--rate 100 --checkpoint 1")?;
+        let _stamps = Stamps::start(vm.guest(), "--rate 40 --checkpoint 1")?;
         let to = other_store(&host, &vm)?;
         let monitor = vm.pid(&host)?;
         let client = vm.migrate_in_background(&host, to, &["--rate", "4M"])?;

@@ -33,7 +33,8 @@ impl Machine {
         // If we are killed, the lab must not stay behind.
         let mut qemu = tool::command("setpriv");
         qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
-        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"]);
+        // Without XSAVE: the emulation lets a guest's `xsetbv` through to the register of its host.
+        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt,-xsave"]);
         qemu.args(["-smp", &of.cpus.to_string(), "-m", &MEMORY_MIB.to_string()]);
         qemu.args([
             "-display",

@@ -28,6 +28,9 @@ const ZERO_BYTES: u64 = 64 * 1024;
 /// cancellations wake it; this bounds the harm of a wake-up that got lost.
 const LOOK_AROUND: Duration = Duration::from_millis(50);
 
+/// How often the copier looks whether a starved guest has been served.
+const STANDING: Duration = Duration::from_millis(1);
+
 /// How much may be on its way at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Room {
@@ -36,6 +39,8 @@ pub(crate) enum Room {
     BesideGuest,
     /// The guest has done nothing for a while. What it does next waits for this much at most.
     IdleGuest,
+    /// The guest has requests of which none ended for a while: nothing is started.
+    StarvedGuest,
     /// The guest writes faster than we copy: now it has to give way, but goes on.
     Pressing,
     /// The guest waits for us.
@@ -45,6 +50,7 @@ pub(crate) enum Room {
 impl Room {
     fn bytes(self) -> u64 {
         match self {
+            Self::StarvedGuest => 0,
             Self::BesideGuest => 2 * CHUNK_BYTES,
             Self::IdleGuest | Self::Pressing => 6 * CHUNK_BYTES,
             Self::Alone => 16 * CHUNK_BYTES,
@@ -53,7 +59,7 @@ impl Room {
 
     fn slots(self) -> usize {
         match self {
-            Self::BesideGuest | Self::IdleGuest => 16,
+            Self::BesideGuest | Self::IdleGuest | Self::StarvedGuest => 16,
             Self::Pressing | Self::Alone => SLOTS,
         }
     }
@@ -223,9 +229,12 @@ impl Copier {
                 // A broken ring: what is in flight may never come back. Dropping us waits for it.
                 return Err(Stop::Failed(seen));
             }
-            let _ = self
-                .event
-                .wait(held_back.unwrap_or(LOOK_AROUND).min(LOOK_AROUND));
+            let wait = match room {
+                // The guest's requests do not wake us.
+                Room::StarvedGuest => STANDING,
+                _ => held_back.unwrap_or(LOOK_AROUND).min(LOOK_AROUND),
+            };
+            let _ = self.event.wait(wait);
             self.event.clear();
             let ended = self.reap(run.fresh, &mut tally, &mut stop);
             outstanding -= ended.bytes;
@@ -238,8 +247,9 @@ impl Copier {
                 arrived: ended.bytes,
                 speed: run.pace.throughput(),
             });
-            // Time in which the rate limit let nothing happen is not copying time.
-            if ended.bytes > 0 || (held_back.is_some() && outstanding == 0) {
+            // Time in which the rate limit or the guest let nothing happen is not copying time.
+            let standing = held_back.is_some() || room == Room::StarvedGuest;
+            if ended.bytes > 0 || (standing && outstanding == 0) {
                 last = now;
             }
         }

@@ -28,7 +28,7 @@ use super::SwitchHooks;
 use super::control::{Ask, Control};
 use super::copier::{Copier, Progress, Room, Run, Stop, Tally};
 use super::journal::{Durable, Journal};
-use super::pace::{Meter, Pace, Quiet, rate};
+use super::pace::{Meter, Pace, Usage, Watch, rate};
 use super::pause::{Guard, Opener, Pause};
 use super::plan::{DirtyPass, FirstPass, Fresh, Plan, allocated_bytes};
 use crate::{
@@ -42,6 +42,10 @@ const GOOD_PAUSE: Duration = Duration::from_millis(4);
 
 /// A pass has shrunk what is left if it is below this share of what it was, in percent.
 const SHRUNK_PERCENT: u64 = 90;
+
+/// If a pass leaves more than this share of what it was, in percent, the guest has to give way: the
+/// passes would get shorter so slowly that all of them together are a burden for long.
+const PRESS_PERCENT: u64 = 60;
 
 /// Passes in a row that may fail to shrink what is left while it is too much for the pause.
 const STALLED_PASSES: u32 = 5;
@@ -240,8 +244,8 @@ impl Job {
                     }
                 }
             } else {
-                if !shrunk {
-                    // The guest writes faster than we copy beside it. From now on it gives way.
+                if dirty >= before.saturating_mul(PRESS_PERCENT) / 100 {
+                    // The guest writes nearly as fast as we copy beside it, or faster.
                     room = Room::Pressing;
                 }
                 if within || shrunk {
@@ -354,9 +358,13 @@ impl Job {
             _ => &mut self.pace,
         };
         let disk = &self.disk;
-        let mut quiet = Quiet::new(began);
+        let mut watch = Watch::new(began);
         let mut room = |now| match room {
-            Room::BesideGuest if quiet.is_idle(now, disk.activity()) => Room::IdleGuest,
+            Room::BesideGuest => match watch.look(now, disk.activity()) {
+                Usage::Busy => Room::BesideGuest,
+                Usage::Idle => Room::IdleGuest,
+                Usage::Starved => Room::StarvedGuest,
+            },
             room => room,
         };
         let result = self.copier.run(Run {

@@ -113,29 +113,70 @@ impl Meter {
 /// How long a guest must have done nothing to count as idle.
 const IDLE: Duration = Duration::from_millis(50);
 
-/// Sees whether the guest uses its disk.
-#[derive(Debug)]
-pub(crate) struct Quiet {
-    ended: u64,
-    since: Instant,
+/// How long none of a guest's requests may end until it counts as starved. Large requests of ours
+/// can keep small ones of the guest from the device for much longer.
+const STARVED: Duration = Duration::from_millis(10);
+
+/// The copier stands still for a starved guest one part of so many of its time at most: it may not
+/// be the copier that the guest waits for.
+const STANDING_PART: u32 = 4;
+
+/// How a guest uses its disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Usage {
+    Idle,
+    Busy,
+    Starved,
 }
 
-impl Quiet {
+/// Sees how the guest uses its disk.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    began: Instant,
+    ended: u64,
+    /// When the guest last had a request.
+    active: Instant,
+    /// When a request last ended, or there was none.
+    served: Instant,
+    /// When this was last asked while the guest was starved.
+    starved: Option<Instant>,
+    /// For how long it was, all in all.
+    stood: Duration,
+}
+
+impl Watch {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
+            began: now,
             ended: 0,
-            since: now,
+            active: now,
+            served: now,
+            starved: None,
+            stood: Duration::ZERO,
         }
     }
 
-    /// `ended` requests have ended by now, `inside` are at the device: whether that is nothing
-    /// new since a while.
-    pub(crate) fn is_idle(&mut self, now: Instant, (ended, inside): (u64, u32)) -> bool {
+    /// `ended` requests have ended by now, `inside` are at the device.
+    pub(crate) fn look(&mut self, now: Instant, (ended, inside): (u64, u32)) -> Usage {
         if inside > 0 || ended != self.ended {
-            self.ended = ended;
-            self.since = now;
+            self.active = now;
         }
-        now.saturating_duration_since(self.since) >= IDLE
+        if inside == 0 || ended != self.ended {
+            self.served = now;
+        }
+        self.ended = ended;
+        if let Some(since) = self.starved.take() {
+            self.stood += now.saturating_duration_since(since);
+        }
+        let may_stand = self.stood * STANDING_PART <= now.saturating_duration_since(self.began);
+        if now.saturating_duration_since(self.served) >= STARVED && may_stand {
+            self.starved = Some(now);
+            Usage::Starved
+        } else if now.saturating_duration_since(self.active) >= IDLE {
+            Usage::Idle
+        } else {
+            Usage::Busy
+        }
     }
 }
 
@@ -188,13 +229,37 @@ mod tests {
     #[test]
     fn a_guest_is_idle_after_a_while_without_requests() {
         let start = Instant::now();
-        let mut quiet = Quiet::new(start);
-        assert!(!quiet.is_idle(start, (7, 0)));
-        assert!(!quiet.is_idle(start + IDLE / 2, (7, 0)));
-        assert!(quiet.is_idle(start + IDLE, (7, 0)));
-        assert!(!quiet.is_idle(start + IDLE, (7, 1)));
-        assert!(!quiet.is_idle(start + IDLE * 3 / 2, (8, 0)));
-        assert!(quiet.is_idle(start + IDLE * 3, (8, 0)));
+        let mut watch = Watch::new(start);
+        assert_eq!(watch.look(start, (7, 0)), Usage::Busy);
+        assert_eq!(watch.look(start + IDLE / 2, (7, 0)), Usage::Busy);
+        assert_eq!(watch.look(start + IDLE, (7, 0)), Usage::Idle);
+        assert_eq!(watch.look(start + IDLE, (7, 1)), Usage::Busy);
+        assert_eq!(watch.look(start + IDLE * 3 / 2, (8, 0)), Usage::Busy);
+        assert_eq!(watch.look(start + IDLE * 3, (8, 0)), Usage::Idle);
+    }
+
+    #[test]
+    fn a_guest_is_starved_when_nothing_ends_but_the_copier_goes_on() {
+        let start = Instant::now();
+        let mut watch = Watch::new(start);
+        let mut stood = 0;
+        let (millis, mut ended) = (1000, 0);
+        for at in 0..millis {
+            // For half of the time a request ends every 5 ms.
+            if at < millis / 2 && at % 5 == 0 {
+                ended += 1;
+            }
+            match watch.look(start + Duration::from_millis(at), (ended, 1)) {
+                Usage::Starved => stood += 1,
+                usage => assert_eq!(usage, Usage::Busy),
+            }
+            assert!(at > millis / 2 || stood == 0);
+        }
+        assert!((millis / 5..=millis / 4 + 1).contains(&stood), "{stood}");
+        assert_eq!(
+            watch.look(start + Duration::from_millis(millis), (ended + 1, 1)),
+            Usage::Busy
+        );
     }
 
     #[test]

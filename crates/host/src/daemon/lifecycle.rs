@@ -315,7 +315,13 @@ impl Host {
                 live.stop_asked = true;
                 return Ok(Some(monitor));
             }
-            let monitor = live.running(name, "it does not run, so there is nothing to stop")?;
+            let advice = match live.monitor {
+                Some(_) => {
+                    format!("its monitor does not answer; `strake stop {name} --force` ends it")
+                }
+                None => "it does not run, so there is nothing to stop".to_owned(),
+            };
+            let monitor = live.running(name, &advice)?;
             live.state = VmState::Stopping;
             live.stop_asked = true;
             Ok::<_, Observation>(Some(monitor))

@@ -377,7 +377,7 @@ fn create_files(new: &NewJob) -> Result<Files> {
     // These names are this job's alone: what is there was left by a job long gone.
     removal::remove_stale(&unnamed).because_of(not_created)?;
     removal::remove_stale(&path).because_of(not_created)?;
-    let destination = image::create(&unnamed, new.size)?;
+    let destination = image::create_for(&new.destination, &unnamed, new.size)?;
     let guard = Created::new(&unnamed, &destination.identity);
     let journal = OpenOptions::new()
         .read(true)
@@ -435,5 +435,26 @@ fn give_name(destination: &Path) -> Result<()> {
     match destination.parent() {
         Some(directory) => store::sync(directory),
         None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_somebody_took_meanwhile_stays_his() {
+        let dir = tempfile::tempdir().unwrap();
+        let destination = dir.path().join("root.raw");
+        let unnamed = unnamed_path(&destination);
+        std::fs::write(&unnamed, b"").unwrap();
+        std::fs::write(&destination, b"").unwrap();
+        let theirs = FileIdentity::at(&destination).unwrap().unwrap();
+        let seen = give_name(&destination).unwrap_err();
+        assert_eq!(seen.id(), "host.destination-exists");
+        assert!(FileIdentity::at(&destination).unwrap().unwrap().is(&theirs));
+        std::fs::remove_file(&destination).unwrap();
+        give_name(&destination).unwrap();
+        assert!(destination.exists() && !unnamed.exists());
     }
 }

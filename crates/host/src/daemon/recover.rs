@@ -29,7 +29,7 @@ use crate::observations::{
 
 /// How long a monitor may take for the first hello: the daemon comes up only when all have been
 /// tried. Afterwards its supervisor has more patience.
-const HELLO_PATIENCE: Duration = Duration::from_secs(2);
+const HELLO_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a monitor that no longer listens is given to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);

@@ -6,7 +6,7 @@ use super::Attempt;
 use crate::observations::InventoryTooNew;
 
 /// Each brings the schema from its index to the next version.
-const STEPS: &[&str] = &[
+pub(super) const STEPS: &[&str] = &[
     "
     CREATE TABLE datastores (
         name TEXT PRIMARY KEY,

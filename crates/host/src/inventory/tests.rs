@@ -111,6 +111,33 @@ fn a_newer_schema_is_left_alone() {
 }
 
 #[test]
+fn an_older_schema_is_brought_up_to_date() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("inventory.sqlite");
+    let old = rusqlite::Connection::open(&path).unwrap();
+    old.execute_batch(super::schema::STEPS[0]).unwrap();
+    let spec = serde_json::to_string(&spec()).unwrap();
+    let status = r#"{"job":"job-1","disk":"root","phase":"copying","size_bytes":4096,"passes":[],
+        "throughput":0,"expected_pause_ms":null,"pause_ms":null,"elapsed_ms":0}"#;
+    old.execute_batch(&format!(
+        "PRAGMA user_version = 1;
+         INSERT INTO datastores VALUES ('slow', '/slow');
+         INSERT INTO vms VALUES ('web1', 1, '{spec}', 'running', NULL, 7, 8, 9);
+         INSERT INTO disks VALUES ('web1', 'root', 0, 4, '/slow/root.raw', 'slow', 4096, 0, 1);
+         INSERT INTO jobs VALUES (1, 'web1', 'root', '/slow/root.raw', '/fast/root.raw', 'fast',
+             '{{}}', 1, 'running', 42, '{status}');"
+    ))
+    .unwrap();
+    drop(old);
+    let inventory = Inventory::open(&path).unwrap();
+    let vm = inventory.vm("web1").unwrap();
+    assert_eq!(vm.disks, [disk("/slow/root.raw", Some("slow"))]);
+    let job = inventory.job(&JobId("job-1".into())).unwrap();
+    // An inode's number is not enough to know a file by.
+    assert_eq!((job.files, job.source_file), (None, None));
+}
+
+#[test]
 fn something_that_is_no_database_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("inventory.sqlite");

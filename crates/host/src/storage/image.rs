@@ -127,7 +127,7 @@ pub(crate) fn open(path: &Path, mode: Mode, user: impl Fn() -> String) -> Result
     check_size(path, looks.size)?;
     let exclusive = !looks.regular && mode == Mode::Write;
     let file = open_free(path, mode, exclusive, &user)?;
-    take_lock(&file, path, mode, user)?;
+    take_lock(&file, path, mode, LOCK_PATIENCE, user)?;
     Ok(file.into())
 }
 
@@ -191,13 +191,14 @@ pub(super) fn take_lock(
     file: &File,
     path: &Path,
     mode: Mode,
+    patience: Duration,
     user: impl Fn() -> String,
 ) -> Result<()> {
     let share = match mode {
         Mode::Read => Share::WithReaders,
         Mode::Write => Share::Alone,
     };
-    let deadline = Instant::now() + LOCK_PATIENCE;
+    let deadline = Instant::now() + patience;
     loop {
         if lock::take(file, share).os("fcntl(F_OFD_SETLK)", path.display())? {
             return Ok(());
@@ -223,8 +224,14 @@ pub(crate) struct NewImage {
 /// Creates an empty image of exactly `size` bytes where nothing is yet, locked, and durable by
 /// name. Nothing is left behind if that fails.
 pub(crate) fn create(path: &Path, size: u64) -> Result<NewImage> {
+    create_for(path, path, size)
+}
+
+/// The same under a name for the time being; `shown` is the one that it is to have, by which
+/// failures name it.
+pub(crate) fn create_for(shown: &Path, path: &Path, size: u64) -> Result<NewImage> {
     let not_created = || ImageNotCreated {
-        path: show(path),
+        path: show(shown),
         size,
     };
     let made = OpenOptions::new()
@@ -250,14 +257,15 @@ pub(crate) fn create(path: &Path, size: u64) -> Result<NewImage> {
         let seen = Err(error).os("ftruncate", path.display());
         return if too_small {
             seen.because_of(|| DestinationTooSmall {
-                path: show(path),
+                path: show(shown),
                 size,
             })
         } else {
             seen.because_of(not_created)
         };
     }
-    take_lock(&file, path, Mode::Write, || "another process".to_owned())?;
+    let other = || "another process".to_owned();
+    take_lock(&file, path, Mode::Write, LOCK_PATIENCE, other)?;
     file.sync_all()
         .os("fsync", path.display())
         .because_of(not_created)?;

@@ -9,6 +9,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use strake_observe::{OsContext, Result};
@@ -16,6 +17,10 @@ use strake_observe::{OsContext, Result};
 use super::identity::FileIdentity;
 use super::image::{self, Mode};
 use super::store;
+
+/// How long to wait for a lock. A monitor lets a migrated disk's source go when each of the disk's
+/// queues has seen the new one, and its kernel takes the old rings down after that.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why nobody is harmed by a removal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +60,7 @@ pub(crate) fn remove(path: &Path, meant: &FileIdentity, claim: Claim) -> Result<
             if !FileIdentity::of(&file, path)?.is(meant) {
                 return Ok(Removal::Another);
             }
-            image::take_lock(&file, path, Mode::Write, somebody)?;
+            image::take_lock(&file, path, Mode::Write, PATIENCE, somebody)?;
             // While the lock was waited for, the name may have passed on.
             match FileIdentity::at(path)? {
                 None => return Ok(Removal::Gone),
@@ -76,7 +81,7 @@ pub(crate) fn remove_stale(path: &Path) -> Result<()> {
     let Some(file) = open(path)? else {
         return Ok(());
     };
-    image::take_lock(&file, path, Mode::Write, somebody)?;
+    image::take_lock(&file, path, Mode::Write, PATIENCE, somebody)?;
     unlink(path)
 }
 
