@@ -17,6 +17,7 @@ mod observations;
 pub mod protocol;
 pub mod server;
 mod socket;
+mod sync;
 mod tls;
 mod uri;
 

@@ -1,28 +1,29 @@
 //! The connection of an image to its server: one thread, shared by all queues of the image.
 //!
 //! ```text
-//! queue (virtqueue worker, copier) ── Ask ──► outgoing ──► pump thread ──► socket
+//! queue (virtqueue worker, copier) ── Ask ──► outbox ────► pump thread ──► socket
 //!        ▲                                                    │
 //!        └──────────── mailbox, event ◄───────────────────────┘◄── socket
 //! ```
 //!
 //! The thread owns the channel, the decoder and every request that is on its way, so nothing of
-//! that has a lock; `outgoing` and the mailboxes do, each held for a push or a swap only, never
-//! two at once. A queue's memory is touched by this thread only between the push of an ask and the
+//! that has a lock; the outbox and the mailboxes do, each held for a push or a swap only, never two
+//! at once. A queue's memory is touched by this thread only between the push of an ask and the
 //! delivery of its result. When the connection is lost, every ask is delivered as failed, and so
 //! is each that comes later.
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use strake_block::Event;
 use strake_observe::{Observation, OsContext, Result, State as Recorded, recorder};
 
-use super::asks::{Ask, Asks, EIO, Failure, deliver, lock};
+use super::asks::{Ask, Asks, EIO, Failure, deliver};
 use super::decoder::{Decoder, breach};
+use super::outbox::{End, Outbox};
 use crate::ConnectionLost;
 use crate::channel::{Channel, Got};
 use crate::memory::Pool;
@@ -40,20 +41,11 @@ const READS_PER_ROUND: usize = 16;
 /// How long the last words to a server may take.
 const GOODBYE: Duration = Duration::from_millis(500);
 
-#[derive(Debug, Default)]
-struct Outgoing {
-    asks: Vec<Ask>,
-    closing: bool,
-    /// Why the connection is to be given up.
-    give_up: Option<&'static str>,
-    lost: Option<Observation>,
-}
-
 #[derive(Debug)]
 struct Shared {
     path: String,
     wake: Event,
-    outgoing: Mutex<Outgoing>,
+    outbox: Outbox<Ask>,
 }
 
 /// The users' side. Dropping the last one ends the connection.
@@ -73,7 +65,7 @@ impl Link {
         let shared = Arc::new(Shared {
             path: path.to_owned(),
             wake: Event::new()?,
-            outgoing: Mutex::new(Outgoing::default()),
+            outbox: Outbox::new(),
         });
         let pump = Pump {
             channel,
@@ -96,14 +88,7 @@ impl Link {
 
     /// Hands over requests. They are all answered, sooner or later.
     pub(super) fn send(&self, asks: &mut Vec<Ask>) {
-        let lost = {
-            let mut outgoing = lock(&self.shared.outgoing);
-            if outgoing.lost.is_none() {
-                outgoing.asks.append(asks);
-            }
-            outgoing.lost.clone()
-        };
-        match lost {
+        match self.shared.outbox.send(asks) {
             None => self.shared.wake.signal(),
             Some(seen) => {
                 for ask in asks.drain(..) {
@@ -116,14 +101,14 @@ impl Link {
 
     /// Ends the connection at once: what is in flight fails.
     pub(super) fn give_up(&self, why: &'static str) {
-        lock(&self.shared.outgoing).give_up = Some(why);
+        self.shared.outbox.end(End::GivenUp(why));
         self.shared.wake.signal();
     }
 }
 
 impl Drop for Link {
     fn drop(&mut self) {
-        lock(&self.shared.outgoing).closing = true;
+        self.shared.outbox.end(End::Closed);
         self.shared.wake.signal();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -154,7 +139,8 @@ impl Pump {
     fn run(mut self) {
         let mut scratch = vec![0u8; READ_BYTES];
         if let Err(seen) = self.pump(&mut scratch) {
-            self.lose(seen);
+            recorder().record(seen.clone(), Recorded::Open);
+            self.lose(&seen);
         }
     }
 
@@ -169,17 +155,12 @@ impl Pump {
     /// Until the image and its queues have gone, or the connection is lost.
     fn pump(&mut self, scratch: &mut [u8]) -> Result<()> {
         loop {
-            {
-                // Cleared before the look, so that what comes after it wakes again.
-                self.shared.wake.clear();
-                let mut outgoing = lock(&self.shared.outgoing);
-                self.to_send.extend(outgoing.asks.drain(..));
-                if let Some(why) = outgoing.give_up {
-                    drop(outgoing);
-                    return Err(self.lost(why));
-                }
-                if outgoing.closing {
-                    drop(outgoing);
+            // Cleared before the look, so that what comes after it wakes again.
+            self.shared.wake.clear();
+            match self.shared.outbox.take(&mut self.to_send) {
+                None => {}
+                Some(End::GivenUp(why)) => return Err(self.lost(why)),
+                Some(End::Closed) => {
                     self.say_goodbye();
                     return Ok(());
                 }
@@ -290,16 +271,20 @@ impl Pump {
     }
 
     /// The connection is lost: everybody who waits is told, and whoever comes later.
-    fn lose(&mut self, seen: Observation) {
-        recorder().record(seen.clone(), Recorded::Open);
-        {
-            let mut outgoing = lock(&self.shared.outgoing);
-            outgoing.lost = Some(seen.clone());
-            self.to_send.extend(outgoing.asks.drain(..));
-        }
+    fn lose(&mut self, seen: &Observation) {
+        let untaken = self.shared.outbox.lose(seen.clone());
+        self.to_send.extend(untaken);
         for ask in self.asks.drain().chain(self.to_send.drain(..)) {
             let seen = seen.clone();
             deliver(ask.to, Err(Failure { errno: EIO, seen }));
         }
+    }
+}
+
+impl Drop for Pump {
+    /// Nobody waits for ever, whatever ended the thread.
+    fn drop(&mut self) {
+        let seen = self.lost("its thread has ended");
+        self.lose(&seen);
     }
 }

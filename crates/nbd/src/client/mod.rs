@@ -2,7 +2,8 @@
 //!
 //! * `negotiation`: until the export is open;
 //! * `decoder`: the server's replies, without a socket; `coverage`: what of a read has come;
-//! * `asks`: what waits for a reply; `link`: the connection and its thread;
+//! * `asks`: what waits for a reply; `outbox`: how it gets to the thread; `link`: the connection
+//!   and its thread;
 //! * `queue`: a disk's requests.
 
 mod asks;
@@ -10,6 +11,7 @@ pub mod coverage;
 pub mod decoder;
 mod link;
 mod negotiation;
+mod outbox;
 mod queue;
 #[cfg(test)]
 mod tests;
