@@ -15,7 +15,6 @@
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use strake_block::Event;
@@ -52,7 +51,6 @@ struct Shared {
 #[derive(Debug)]
 pub(super) struct Link {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Link {
@@ -76,14 +74,11 @@ impl Link {
             sending: None,
             pool: Pool::default(),
         };
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("nbd-link".to_owned())
             .spawn(move || pump.run())
             .os("clone", "a connection's thread")?;
-        Ok(Self {
-            shared,
-            thread: Some(thread),
-        })
+        Ok(Self { shared })
     }
 
     /// Hands over requests. They are all answered, sooner or later.
@@ -107,12 +102,11 @@ impl Link {
 }
 
 impl Drop for Link {
+    /// The thread takes leave of the server by itself. It is not waited for: the last user may be a
+    /// guest's worker that has just gone over to another image, and no request is left.
     fn drop(&mut self) {
         self.shared.outbox.end(End::Closed);
         self.shared.wake.signal();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
     }
 }
 

@@ -132,6 +132,17 @@ pub fn output(program: &Path, arguments: &[&str]) -> Output {
         .unwrap()
 }
 
+/// Whether somebody listens on this unix socket. Its file is there before; and to try would use up
+/// the only connection that some servers take.
+fn listens(socket: &Path) -> bool {
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
+    sockets.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        let listening = fields.nth(3) == Some("00010000");
+        listening && fields.next_back() == socket.to_str()
+    })
+}
+
 /// A server of others; ended with the test.
 pub struct Peer {
     child: Child,
@@ -147,7 +158,7 @@ impl Peer {
             .unwrap();
         let mut peer = Self { child };
         let until = Instant::now() + Duration::from_secs(20);
-        while !socket.exists() {
+        while !listens(socket) {
             assert!(Instant::now() < until, "{arguments:?} does not listen");
             if let Some(status) = peer.child.try_wait().unwrap() {
                 panic!("{arguments:?} ended: {status}");
