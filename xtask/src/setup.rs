@@ -12,6 +12,11 @@ use crate::tool;
 const TOOLS: &[(&str, &str)] = &[
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("qemu-img", "qemu-utils"),
+    ("qemu-nbd", "qemu-utils"),
+    ("qemu-io", "qemu-utils"),
+    ("nbdkit", "nbdkit"),
+    ("nbdinfo", "libnbd-bin"),
+    ("nbdcopy", "libnbd-bin"),
     ("mke2fs", "e2fsprogs"),
     ("debootstrap", "debootstrap"),
     ("sfdisk", "fdisk"),
