@@ -37,7 +37,8 @@ impl Commit {
     /// with the layer's parent, opened for writing, or a raw image. It begins at the byte `from`.
     ///
     /// # Errors
-    /// When the parent is smaller than the layer's disk: it has to be made larger before.
+    /// When the parent is smaller than the layer's disk: it has to be made larger before. When it
+    /// is larger and there are layers above: they would see what the layer hides.
     pub fn new(
         child: Arc<Qcow2Image>,
         layer: usize,
@@ -52,6 +53,14 @@ impl Commit {
                     "it has {} bytes, what is committed into it has {size}",
                     parent.size()
                 ),
+            }
+            .into());
+        }
+        if layer > 0 && parent.size() > size {
+            // Whoever is above reads zeroes there now.
+            return Err(BadOption {
+                path: parent.path().to_owned(),
+                why: format!("it has more than the {size} bytes of the layer between it and others"),
             }
             .into());
         }

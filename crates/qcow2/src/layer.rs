@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use strake_block::{Access, SECTOR_BYTES};
+use strake_block::SECTOR_BYTES;
 use strake_observe::Result;
 
 use crate::map::Mapping;
@@ -43,7 +43,7 @@ pub(crate) enum Place {
         host: u64,
         bytes: u64,
         within: u64,
-        epoch: Epoch,
+        _epoch: Epoch,
     },
 }
 
@@ -74,13 +74,6 @@ impl Layer {
         match self {
             Self::Qcow(qcow) => qcow.end,
             Self::Raw(raw) => raw.end,
-        }
-    }
-
-    pub(crate) fn access(&self) -> Access {
-        match self {
-            Self::Qcow(qcow) => qcow.access,
-            Self::Raw(_) => Access::ReadOnly,
         }
     }
 
@@ -122,7 +115,7 @@ pub(crate) fn resolve(
                             host,
                             bytes,
                             within,
-                            epoch,
+                            _epoch: epoch,
                         };
                         return Ok((place, len));
                     }

@@ -29,7 +29,7 @@ pub(crate) struct Reserved {
     pub(crate) run: Run,
     /// The cluster of the file was kept for this one of the guest, and is in the tables already.
     reused: bool,
-    pub(crate) epoch: Epoch,
+    _epoch: Epoch,
 }
 
 /// How a write begins.
@@ -137,7 +137,7 @@ impl Qcow {
                 first,
                 run,
                 reused: true,
-                epoch,
+                _epoch: epoch,
             });
         }
         let in_table = 1u64 << state.table_bits();
@@ -161,7 +161,7 @@ impl Qcow {
             first,
             run,
             reused: false,
-            epoch,
+            _epoch: epoch,
         })
     }
 

@@ -337,7 +337,7 @@ impl Queue {
             host,
             bytes,
             within,
-            epoch: _,
+            ..
         } = place
         else {
             let mut data = vec![0; us(len)];

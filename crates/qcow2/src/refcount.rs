@@ -15,8 +15,7 @@ const OFFSET: u64 = 0xffff_ffff_ffff_fe00;
 /// Beyond this no offset can be expressed in an L2 entry.
 const MAX_OFFSET: u64 = 1 << 56;
 
-/// A block's counts are looked through at most this often for one allocation: a file whose blocks
-/// are all full lets a search go on in the next call.
+/// Blocks kept in memory, in bytes: 256 GiB of file with the usual clusters.
 const CACHED_BYTES: u64 = 8 * 1024 * 1024;
 
 /// The counts of one file.
@@ -251,18 +250,6 @@ impl Refcounts {
             self.untouched = self.untouched.max(at + 1);
         }
         Ok(())
-    }
-
-    /// Whether the next allocations may need a larger table.
-    pub(crate) fn is_nearly_full(&self) -> bool {
-        // The last entry: its block is the last that can be added.
-        self.table.last().copied().unwrap_or(0) & OFFSET != 0 && self.is_last(self.cursor)
-    }
-
-    fn is_last(&self, cluster: u64) -> bool {
-        let (index, within) = self.place(cluster);
-        index + 1 > self.table.len()
-            || index + 1 == self.table.len() && within >= self.per_block() / 2
     }
 
     /// Makes the table larger: a new one at the end of the file, with the blocks that count it.
