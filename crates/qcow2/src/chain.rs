@@ -78,11 +78,7 @@ pub struct Member {
 /// # Errors
 /// When a file is missing, not allowed, its own ancestor or not what its format says, or the
 /// chain is too long.
-pub fn survey(
-    path: &Path,
-    format: Format,
-    allowed: &dyn Fn(&Path) -> bool,
-) -> Result<Vec<Member>> {
+pub fn survey(path: &Path, format: Format, allowed: &dyn Fn(&Path) -> bool) -> Result<Vec<Member>> {
     let mut members: Vec<Member> = Vec::new();
     let mut seen = HashSet::new();
     let mut next = Some((path.to_path_buf(), format));

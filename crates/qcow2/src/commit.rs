@@ -60,7 +60,9 @@ impl Commit {
             // Whoever is above reads zeroes there now.
             return Err(BadOption {
                 path: parent.path().to_owned(),
-                why: format!("it has more than the {size} bytes of the layer between it and others"),
+                why: format!(
+                    "it has more than the {size} bytes of the layer between it and others"
+                ),
             }
             .into());
         }

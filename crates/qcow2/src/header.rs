@@ -140,7 +140,7 @@ impl Header {
             header.refcount_order = be32(bytes, 96);
             header.header_bytes = be32(bytes, 100);
             let fits = (V3_BYTES as u64..=cluster).contains(&u64::from(header.header_bytes));
-            if !fits || header.header_bytes % 8 != 0 {
+            if !fits || !header.header_bytes.is_multiple_of(8) {
                 return Err(damaged("the length of its header is impossible").into());
             }
             let bits = header.incompatible;

@@ -234,7 +234,7 @@ impl Qcow {
         let Some(refs) = state.refs.as_mut() else {
             return Ok(());
         };
-        let end = refs.end(&*store)? << self.cluster_bits;
+        let end = refs.end(&*store)?;
         if end > 0 && end < store.len()? {
             store.set_len(end)?;
         }

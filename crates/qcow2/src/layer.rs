@@ -5,10 +5,10 @@ use std::sync::Arc;
 use strake_block::SECTOR_BYTES;
 use strake_observe::Result;
 
+use crate::Store;
 use crate::map::Mapping;
 use crate::num::{put, us};
 use crate::state::{Epoch, Qcow};
-use crate::Store;
 
 /// One image of a chain.
 #[derive(Debug, Clone)]

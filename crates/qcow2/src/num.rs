@@ -24,13 +24,13 @@ pub(crate) fn put(to: &mut [u8], at: usize, from: &[u8]) {
 
 /// A table of big-endian numbers.
 pub(crate) fn entries(bytes: &[u8]) -> Vec<u64> {
-    bytes
-        .chunks_exact(8)
-        .map(|entry| be64(entry, 0))
-        .collect()
+    bytes.chunks_exact(8).map(|entry| be64(entry, 0)).collect()
 }
 
 /// The bytes of a part of a table.
 pub(crate) fn bytes(entries: &[u64]) -> Vec<u8> {
-    entries.iter().flat_map(|entry| entry.to_be_bytes()).collect()
+    entries
+        .iter()
+        .flat_map(|entry| entry.to_be_bytes())
+        .collect()
 }

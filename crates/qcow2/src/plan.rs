@@ -371,9 +371,8 @@ impl State {
     }
 
     fn counts_are_full(&self) -> bool {
-        let last = |refs: &crate::refcount::Refcounts| {
-            refs.table.last().is_some_and(|entry| *entry != 0)
-        };
+        let last =
+            |refs: &crate::refcount::Refcounts| refs.table.last().is_some_and(|entry| *entry != 0);
         self.refs.as_ref().is_some_and(last)
     }
 

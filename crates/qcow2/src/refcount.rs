@@ -109,7 +109,9 @@ impl Refcounts {
             _ => {
                 let width = 1usize << (order - 3);
                 let field = block.bytes.get(at..at + width).unwrap_or_default();
-                field.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+                field
+                    .iter()
+                    .fold(0, |sum, byte| sum << 8 | u64::from(*byte))
             }
         }
     }
@@ -197,7 +199,7 @@ impl Refcounts {
     fn next_free(&mut self, store: &dyn Store, from: u64) -> Result<u64> {
         let mut cluster = from;
         loop {
-            if (cluster + 1) << self.cluster_bits >= MAX_OFFSET {
+            if cluster + 1 >= MAX_OFFSET >> self.cluster_bits {
                 let why = "its file would be larger than the format allows".to_owned();
                 let path = store.path().to_owned();
                 return Err(Full { path, why }.into());
@@ -274,7 +276,7 @@ impl Refcounts {
             blocks += 1;
         }
         let end = first + blocks + clusters;
-        if end << self.cluster_bits >= MAX_OFFSET {
+        if end >= MAX_OFFSET >> self.cluster_bits {
             let why = "its file would be larger than the format allows".to_owned();
             let path = store.path().to_owned();
             return Err(Full { path, why }.into());
@@ -307,15 +309,18 @@ impl Refcounts {
         Ok((header, old))
     }
 
-    /// The end of the last cluster in use, in clusters, as far as the blocks tell.
+    /// The end of the last cluster in use, in bytes, as far as the blocks tell.
     pub(crate) fn end(&mut self, store: &dyn Store) -> Result<u64> {
         let per_block = self.per_block();
         let order = self.order;
         for index in (0..self.table.len()).rev() {
             if let Some(block) = self.block(store, index)? {
-                let last = (0..per_block).rev().find(|at| Self::read(block, order, *at) != 0);
+                let last = (0..per_block)
+                    .rev()
+                    .find(|at| Self::read(block, order, *at) != 0);
                 if let Some(last) = last {
-                    return Ok(index as u64 * per_block + last + 1);
+                    let end = index as u64 * per_block + last + 1;
+                    return Ok(end.saturating_mul(1 << self.cluster_bits));
                 }
             }
         }

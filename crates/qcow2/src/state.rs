@@ -280,8 +280,7 @@ impl State {
         if let Some(entry) = self.l1.get_mut(index) {
             *entry = host | COPIED;
         }
-        self.l1_changed
-            .insert(index * 8 / us(crate::tables::PIECE));
+        self.l1_changed.insert(index * 8 / us(crate::tables::PIECE));
         Ok(())
     }
 

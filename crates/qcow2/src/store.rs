@@ -148,7 +148,11 @@ impl FileStore {
     /// Reads into aligned memory from an aligned offset; says how much there was.
     fn read_blocks(&self, offset: u64, memory: &mut Memory) -> Result<usize> {
         let mut got = 0;
-        while let Some(room) = memory.bytes_mut().get_mut(got..).filter(|it| !it.is_empty()) {
+        while let Some(room) = memory
+            .bytes_mut()
+            .get_mut(got..)
+            .filter(|it| !it.is_empty())
+        {
             match rustix::io::pread(&self.fd, room, offset + got as u64) {
                 Ok(0) => break,
                 Ok(count) => {

@@ -1,4 +1,5 @@
 //! Chains as a user's files make them, hostile ones too.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -26,7 +27,10 @@ fn names_are_relative_to_the_image_that_has_them() {
     let base = dir.path().join("bases/base.qcow2");
     make(&base, &CreateOptions::new(MIB).backing("raw", Format::Raw));
     let top = dir.path().join("top.qcow2");
-    make(&top, &CreateOptions::new(MIB).backing("bases/base.qcow2", Format::Qcow2));
+    make(
+        &top,
+        &CreateOptions::new(MIB).backing("bases/base.qcow2", Format::Qcow2),
+    );
     let members = survey(&top, Format::Qcow2, &|_| true).unwrap();
     let paths: Vec<_> = members.iter().map(|member| member.path.clone()).collect();
     assert_eq!(paths, [top.clone(), base, raw]);
@@ -58,7 +62,11 @@ fn a_format_that_lies_or_is_not_named_is_refused() {
         ("raw", None, "qcow2.format-not-named"),
         ("raw", Some("vmdk"), "qcow2.unknown-format"),
         ("nbd://there/raw", Some("raw"), "qcow2.backing-not-a-path"),
-        ("json:{\"driver\":\"nbd\"}", Some("raw"), "qcow2.backing-not-a-path"),
+        (
+            "json:{\"driver\":\"nbd\"}",
+            Some("raw"),
+            "qcow2.backing-not-a-path",
+        ),
         ("/dev/null", Some("raw"), "block.not-an-image"),
         (".", Some("raw"), "block.not-an-image"),
     ] {
@@ -78,10 +86,16 @@ fn a_guest_cannot_make_its_raw_disk_an_overlay() {
     std::fs::write(&secret, pattern(4, 1 << 20)).unwrap();
     // What a guest could write to its raw disk: the image of an overlay over a host's file.
     let disk = dir.path().join("disk.raw");
-    make(&disk, &CreateOptions::new(MIB).backing("secret", Format::Raw));
+    make(
+        &disk,
+        &CreateOptions::new(MIB).backing("secret", Format::Raw),
+    );
     let bytes = std::fs::read(&disk).unwrap();
     let top = dir.path().join("top");
-    make(&top, &CreateOptions::new(MIB).backing("disk.raw", Format::Raw));
+    make(
+        &top,
+        &CreateOptions::new(MIB).backing("disk.raw", Format::Raw),
+    );
     let members = survey(&top, Format::Qcow2, &|_| true).unwrap();
     assert_eq!(members.len(), 2);
     assert!(read_all(&*open(&top))[..65536] == bytes[..65536]);
@@ -108,9 +122,17 @@ fn a_chain_that_is_too_long_is_refused() {
     for number in 1..=64 {
         let below = (number - 1).to_string();
         let path = dir.path().join(number.to_string());
-        make(&path, &CreateOptions::new(MIB).backing(below, Format::Qcow2));
+        make(
+            &path,
+            &CreateOptions::new(MIB).backing(below, Format::Qcow2),
+        );
     }
-    assert_eq!(survey(&dir.path().join("63"), Format::Qcow2, &|_| true).unwrap().len(), 64);
+    assert_eq!(
+        survey(&dir.path().join("63"), Format::Qcow2, &|_| true)
+            .unwrap()
+            .len(),
+        64
+    );
     refused(&dir.path().join("64"), "qcow2.chain-too-long");
 }
 
@@ -143,7 +165,10 @@ fn the_header_is_rebased_as_the_peer_understands() {
             rebase(&store(&path, Access::ReadWrite), Some(&backing)).unwrap();
             let (status, said) = qemu_img(&["info", "-f", "qcow2", text]);
             assert_eq!(status, 0, "{said}");
-            assert!(said.contains(&format!("backing file: {name}")), "{options}: {said}");
+            assert!(
+                said.contains(&format!("backing file: {name}")),
+                "{options}: {said}"
+            );
             assert!(said.contains("backing file format: raw"), "{said}");
             let header = Header::read(&store(&path, Access::ReadOnly)).unwrap();
             assert_eq!(header.backing(), Some(&backing));

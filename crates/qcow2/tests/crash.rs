@@ -1,6 +1,7 @@
 //! Crashes at any moment: a store with a volatile cache loses any sectors that were not synced.
 //! Whatever is left passes `qemu-img check` (lost space is allowed, errors are not), has what was
 //! flushed, and can be used again.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 #[path = "common/log.rs"]
@@ -27,12 +28,17 @@ fn sector(stamp: u32) -> Vec<u8> {
 
 fn stamp(sector: &[u8]) -> u32 {
     let first = u32::from_le_bytes(sector[..4].try_into().unwrap());
-    assert!(sector.chunks(4).all(|it| it == first.to_le_bytes()), "a torn sector");
+    assert!(
+        sector.chunks(4).all(|it| it == first.to_le_bytes()),
+        "a torn sector"
+    );
     first
 }
 
 fn base() -> Vec<u8> {
-    (0..SECTORS).flat_map(|number| sector(100_000 + u32::try_from(number).unwrap())).collect()
+    (0..SECTORS)
+        .flat_map(|number| sector(100_000 + u32::try_from(number).unwrap()))
+        .collect()
 }
 
 fn chain(store: &LogStore, access: Access, below: &LogStore) -> Arc<Qcow2Image> {
@@ -80,7 +86,13 @@ impl Driver {
         let now: Vec<u32> = read_all(&*image).chunks(512).map(stamp).collect();
         Self {
             flushes: vec![(0, now.clone())],
-            sectors: now.iter().map(|now| Sector { now: *now, history: Vec::new() }).collect(),
+            sectors: now
+                .iter()
+                .map(|now| Sector {
+                    now: *now,
+                    history: Vec::new(),
+                })
+                .collect(),
             store,
             image,
             queue,
@@ -109,7 +121,10 @@ impl Driver {
             }
             .min(SECTORS - at);
             let op = match self.random(6) {
-                0 => Operation::WriteZeroes { len: len * 512, unmap: self.random(2) == 0 },
+                0 => Operation::WriteZeroes {
+                    len: len * 512,
+                    unmap: self.random(2) == 0,
+                },
                 1 => Operation::Discard { len: len * 512 },
                 2 => Operation::Read,
                 _ => Operation::Write,
@@ -136,19 +151,33 @@ impl Driver {
                 }
             }
             tag += 1;
-            self.queue.submit(Request { tag, op, offset: at * 512, buffers });
+            self.queue.submit(Request {
+                tag,
+                op,
+                offset: at * 512,
+                buffers,
+            });
             at += len + self.random(400);
         }
         if with_flush {
             // Beside the others: it promises nothing about them.
-            self.queue.submit(Request { tag: 0, op: Operation::Flush, offset: 0, buffers: vec![] });
+            self.queue.submit(Request {
+                tag: 0,
+                op: Operation::Flush,
+                offset: 0,
+                buffers: vec![],
+            });
         }
         self.drain();
         // A discard may leave what was there.
         let data = read_all(&*self.image);
         for (sector, data) in self.sectors.iter_mut().zip(data.chunks(512)) {
             let now = stamp(data);
-            assert!(now == sector.now || sector.now == 0, "{now}, not {}", sector.now);
+            assert!(
+                now == sector.now || sector.now == 0,
+                "{now}, not {}",
+                sector.now
+            );
             sector.now = now;
         }
     }
@@ -159,7 +188,10 @@ impl Driver {
         while self.queue.in_flight() > 0 {
             rounds += 1;
             assert!(rounds < 10_000, "requests do not end: {:?}", self.queue);
-            assert!(self.event.wait(Duration::from_secs(5)), "nobody wakes the owner");
+            assert!(
+                self.event.wait(Duration::from_secs(5)),
+                "nobody wakes the owner"
+            );
             self.event.clear();
             self.queue.reap(&mut |done| done.result.unwrap());
             self.queue.push().unwrap();
@@ -168,7 +200,12 @@ impl Driver {
 
     fn flush(&mut self) {
         let then = self.sectors.iter().map(|sector| sector.now).collect();
-        self.queue.submit(Request { tag: 0, op: Operation::Flush, offset: 0, buffers: vec![] });
+        self.queue.submit(Request {
+            tag: 0,
+            op: Operation::Flush,
+            offset: 0,
+            buffers: vec![],
+        });
         self.drain();
         self.flushes.push((self.store.position(), then));
     }
@@ -201,7 +238,9 @@ impl Driver {
 fn overlay(seed: u64, bits: u32) -> (LogStore, LogStore) {
     let below = LogStore::holding(base(), seed);
     let store = LogStore::holding(Vec::new(), seed);
-    let options = CreateOptions::new(SECTORS * 512).cluster_bits(bits).backing("base", Format::Raw);
+    let options = CreateOptions::new(SECTORS * 512)
+        .cluster_bits(bits)
+        .backing("base", Format::Raw);
     create(&store, &options).unwrap();
     let made = store.0.lock().unwrap().now.clone();
     (LogStore::holding(made, seed), below)
@@ -248,7 +287,10 @@ fn a_crash_at_any_moment_loses_nothing_that_was_flushed() {
     if !peers() {
         return;
     }
-    let runs = std::env::var("STRAKE_CRASH_RUNS").ok().and_then(|it| it.parse().ok()).unwrap_or(3);
+    let runs = std::env::var("STRAKE_CRASH_RUNS")
+        .ok()
+        .and_then(|it| it.parse().ok())
+        .unwrap_or(3);
     let mut crashes = 0;
     for seed in 1..=runs {
         let (store, below) = overlay(seed, [12, 16, 14][usize::try_from(seed % 3).unwrap()]);
@@ -279,7 +321,13 @@ fn a_crash_while_streaming_leaves_the_same_content() {
         driver.flush();
     }
     let now: Vec<u32> = driver.sectors.iter().map(|sector| sector.now).collect();
-    assert_eq!(read_all(&*driver.image).chunks(512).map(stamp).collect::<Vec<_>>(), now);
+    assert_eq!(
+        read_all(&*driver.image)
+            .chunks(512)
+            .map(stamp)
+            .collect::<Vec<_>>(),
+        now
+    );
     let header = Header::read(&driver.store).unwrap();
     assert!(header.backing().is_none());
     crash_everywhere(&driver, &below, 50, 5);
@@ -289,14 +337,18 @@ fn a_crash_while_streaming_leaves_the_same_content() {
 fn a_crash_while_rebasing_leaves_the_old_or_the_new_name() {
     for bits in [12, 16] {
         for first in ["base", &"b".repeat(900)] {
-            let options =
-                CreateOptions::new(1 << 20).cluster_bits(bits).backing(first, Format::Qcow2);
+            let options = CreateOptions::new(1 << 20)
+                .cluster_bits(bits)
+                .backing(first, Format::Qcow2);
             let store = LogStore::default();
             create(&store, &options).unwrap();
             for new in ["other".to_owned(), "o".repeat(1023)] {
                 let made = store.0.lock().unwrap().now.clone();
                 let store = LogStore::holding(made, 1);
-                let backing = Backing { path: new.clone(), format: Some("raw".to_owned()) };
+                let backing = Backing {
+                    path: new.clone(),
+                    format: Some("raw".to_owned()),
+                };
                 rebase(&store, Some(&backing)).unwrap();
                 let log = store.0.lock().unwrap();
                 let (mut old, mut changed) = (0, 0);

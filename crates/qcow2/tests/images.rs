@@ -1,4 +1,5 @@
 //! Images against qemu-img: what we write it reads, what it writes we read.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -42,11 +43,23 @@ fn what_is_written_is_read_by_us_and_by_the_peer() {
                 model[offset..offset + len].copy_from_slice(&data);
             }
             queue
-                .operate(Operation::WriteZeroes { len: 3 * MIB + 512, unmap: true }, 4 * MIB)
+                .operate(
+                    Operation::WriteZeroes {
+                        len: 3 * MIB + 512,
+                        unmap: true,
+                    },
+                    4 * MIB,
+                )
                 .unwrap();
             model[4 << 20..(7 << 20) + 512].fill(0);
             queue
-                .operate(Operation::WriteZeroes { len: 65536, unmap: false }, 65536 * 41)
+                .operate(
+                    Operation::WriteZeroes {
+                        len: 65536,
+                        unmap: false,
+                    },
+                    65536 * 41,
+                )
                 .unwrap();
             model[65536 * 41..65536 * 42].fill(0);
             queue.operate(Operation::Flush, 0).unwrap();
@@ -77,7 +90,9 @@ fn a_discard_gives_space_back() {
         for _ in 0..6 {
             queue.write(0, &data).unwrap();
             queue.operate(Operation::Flush, 0).unwrap();
-            queue.operate(Operation::Discard { len: 64 * MIB }, 0).unwrap();
+            queue
+                .operate(Operation::Discard { len: 64 * MIB }, 0)
+                .unwrap();
             queue.operate(Operation::Flush, 0).unwrap();
         }
         assert_eq!(image.allocated(0).unwrap(), None);
@@ -132,7 +147,13 @@ fn images_of_the_peer_are_read_and_written() {
                 model[offset..offset + 1536].copy_from_slice(&data);
             }
             queue
-                .operate(Operation::WriteZeroes { len: MIB, unmap: true }, 15 * MIB)
+                .operate(
+                    Operation::WriteZeroes {
+                        len: MIB,
+                        unmap: true,
+                    },
+                    15 * MIB,
+                )
                 .unwrap();
             model[15 << 20..16 << 20].fill(0);
             assert!(read_all(&*image) == model, "{options:?}: written");
@@ -151,17 +172,29 @@ fn snapshots_of_the_peer_stay_whole() {
     let path = dir.path().join("a.qcow2");
     make(&path, &CreateOptions::new(8 * MIB));
     qemu_io(&path, &["write -P 17 0 4M"]);
-    assert_eq!(qemu_img(&["snapshot", "-c", "s", path.to_str().unwrap()]).0, 0);
+    assert_eq!(
+        qemu_img(&["snapshot", "-c", "s", path.to_str().unwrap()]).0,
+        0
+    );
     {
         let image = open(&path);
         let mut queue = queue(&image);
         queue.write(MIB, &pattern(1, 300 * 512)).unwrap();
         queue
-            .operate(Operation::WriteZeroes { len: MIB, unmap: true }, 2 * MIB)
+            .operate(
+                Operation::WriteZeroes {
+                    len: MIB,
+                    unmap: true,
+                },
+                2 * MIB,
+            )
             .unwrap();
     }
     check(&path);
-    assert_eq!(qemu_img(&["snapshot", "-a", "s", path.to_str().unwrap()]).0, 0);
+    assert_eq!(
+        qemu_img(&["snapshot", "-a", "s", path.to_str().unwrap()]).0,
+        0
+    );
     check(&path);
     assert!(content(&path)[..4 << 20].iter().all(|byte| *byte == 17));
 }
@@ -177,9 +210,17 @@ fn an_overlay_reads_what_is_below() {
     std::fs::write(&base, &model).unwrap();
     model.resize(6 << 20, 0);
     let middle = dir.path().join("middle.qcow2");
-    make(&middle, &CreateOptions::new(5 * MIB).backing("base.raw", Format::Raw).cluster_bits(12));
+    make(
+        &middle,
+        &CreateOptions::new(5 * MIB)
+            .backing("base.raw", Format::Raw)
+            .cluster_bits(12),
+    );
     let top = dir.path().join("top.qcow2");
-    make(&top, &CreateOptions::new(6 * MIB).backing("middle.qcow2", Format::Qcow2));
+    make(
+        &top,
+        &CreateOptions::new(6 * MIB).backing("middle.qcow2", Format::Qcow2),
+    );
     {
         let image = open(&middle);
         let mut queue = queue(&image);
@@ -187,7 +228,13 @@ fn an_overlay_reads_what_is_below() {
         queue.write(4096 * 5 + 512, &data).unwrap();
         model[4096 * 5 + 512..][..4096 * 3].copy_from_slice(&data);
         queue
-            .operate(Operation::WriteZeroes { len: 8192, unmap: true }, 4096 * 100)
+            .operate(
+                Operation::WriteZeroes {
+                    len: 8192,
+                    unmap: true,
+                },
+                4096 * 100,
+            )
             .unwrap();
         model[4096 * 100..4096 * 102].fill(0);
     }
@@ -199,15 +246,26 @@ fn an_overlay_reads_what_is_below() {
         queue.write(4096 * 100, &data).unwrap();
         model[4096 * 100..][..512].copy_from_slice(&data);
         queue
-            .operate(Operation::WriteZeroes { len: 512, unmap: true }, 1024)
+            .operate(
+                Operation::WriteZeroes {
+                    len: 512,
+                    unmap: true,
+                },
+                1024,
+            )
             .unwrap();
         model[1024..1536].fill(0);
-        queue.operate(Operation::Discard { len: MIB }, 2 * MIB).unwrap();
+        queue
+            .operate(Operation::Discard { len: MIB }, 2 * MIB)
+            .unwrap();
         model[2 << 20..3 << 20].fill(0);
         let mut data = vec![0; model.len()];
         queue.read(0, &mut data).unwrap();
         assert!(data == model);
-        let zeroes = Extent { range: 2 * MIB..3 * MIB, kind: ExtentKind::Zeroes };
+        let zeroes = Extent {
+            range: 2 * MIB..3 * MIB,
+            kind: ExtentKind::Zeroes,
+        };
         assert_eq!(image.extent_of_layer(0, MIB).unwrap(), Some(zeroes));
         let told = image.allocated(2 * MIB).unwrap().unwrap();
         assert_eq!(told.start, 3 * MIB);
@@ -231,7 +289,12 @@ fn a_disk_grows() {
         queue(&image).write(0, &pattern(1, 4 << 20)).unwrap();
     }
     let path = dir.path().join("a.qcow2");
-    make(&path, &CreateOptions::new(MIB + 512).backing("below.qcow2", Format::Qcow2).cluster_bits(12));
+    make(
+        &path,
+        &CreateOptions::new(MIB + 512)
+            .backing("below.qcow2", Format::Qcow2)
+            .cluster_bits(12),
+    );
     let mut model = pattern(1, (1 << 20) + 512);
     {
         let image = open(&path);

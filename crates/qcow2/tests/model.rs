@@ -1,5 +1,6 @@
 //! Any sequence of writes, zeroes, discards, snapshots, commits and streams, over a chain of up to
 //! four layers, against plain memory and against qemu-img.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod common;
 
@@ -74,10 +75,18 @@ impl World {
         if raw {
             std::fs::write(&path, &view).unwrap();
         } else {
-            make(&path, &CreateOptions::new(view.len() as u64).cluster_bits(bits));
+            make(
+                &path,
+                &CreateOptions::new(view.len() as u64).cluster_bits(bits),
+            );
         }
         let layers = vec![Layer { name, format, view }];
-        let mut world = Self { dir, layers, image: None, made: 0 };
+        let mut world = Self {
+            dir,
+            layers,
+            image: None,
+            made: 0,
+        };
         if raw {
             world.snapshot(bits);
         }
@@ -103,7 +112,14 @@ impl World {
             .backing(below.name.clone(), below.format);
         make(&self.dir.path().join(&name), &options);
         let view = below.view.clone();
-        self.layers.insert(0, Layer { name, format: Format::Qcow2, view });
+        self.layers.insert(
+            0,
+            Layer {
+                name,
+                format: Format::Qcow2,
+                view,
+            },
+        );
     }
 
     /// Clips a range to the disk.
@@ -118,7 +134,9 @@ impl World {
             Act::Write { at, sectors, seed } => {
                 let range = self.clip(at, sectors);
                 let data = pattern(u64::from(seed) + 1, range.len());
-                queue(&self.image()).write(range.start as u64, &data).unwrap();
+                queue(&self.image())
+                    .write(range.start as u64, &data)
+                    .unwrap();
                 self.layers[0].view[range].copy_from_slice(&data);
             }
             Act::Zero { at, sectors, unmap } => {
@@ -138,7 +156,10 @@ impl World {
                     .unwrap();
                 let mut now = vec![0; range.len()];
                 image.read_at(range.start as u64, &mut now).unwrap();
-                for (now, was) in now.chunks(512).zip(self.layers[0].view[range.clone()].chunks(512)) {
+                for (now, was) in now
+                    .chunks(512)
+                    .zip(self.layers[0].view[range.clone()].chunks(512))
+                {
                     assert!(now == was || now.iter().all(|byte| *byte == 0));
                 }
                 self.layers[0].view[range].copy_from_slice(&now);
@@ -190,8 +211,7 @@ impl World {
         let mut at = 0;
         loop {
             // From the cursor each time, as after a crash.
-            let mut commit =
-                Commit::new(Arc::clone(&child), 0, Arc::clone(&parent), at).unwrap();
+            let mut commit = Commit::new(Arc::clone(&child), 0, Arc::clone(&parent), at).unwrap();
             match commit.step(100_000).unwrap() {
                 Progress::At(next) => at = next,
                 Progress::Done => break,
@@ -204,7 +224,11 @@ impl World {
                 path: below.name.clone(),
                 format: Some(below.format.name().to_owned()),
             };
-            rebase(&store(&self.path(layer - 1), Access::ReadWrite), Some(&backing)).unwrap();
+            rebase(
+                &store(&self.path(layer - 1), Access::ReadWrite),
+                Some(&backing),
+            )
+            .unwrap();
         }
         std::fs::remove_file(self.path(layer)).unwrap();
         let gone = self.layers.remove(layer);
@@ -254,7 +278,10 @@ impl World {
         while at < len {
             let next = image.allocated(at).unwrap().unwrap_or(len..len);
             let gap = usize::try_from(at).unwrap()..usize::try_from(next.start).unwrap();
-            assert!(view[gap].iter().all(|byte| *byte == 0), "data outside of what is allocated");
+            assert!(
+                view[gap].iter().all(|byte| *byte == 0),
+                "data outside of what is allocated"
+            );
             assert!(next.end > at || next.start == len);
             at = next.end;
         }

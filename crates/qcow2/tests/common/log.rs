@@ -1,6 +1,7 @@
 //! A store in memory whose writes are logged, with a volatile cache: what a crash at any moment
 //! leaves is made from the log.
 #![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -11,8 +12,14 @@ use strake_qcow2::Store;
 
 #[derive(Debug, Clone)]
 pub enum Logged {
-    Write { at: u64, data: Vec<u8> },
-    Zero { at: u64, len: u64 },
+    Write {
+        at: u64,
+        data: Vec<u8>,
+    },
+    Zero {
+        at: u64,
+        len: u64,
+    },
     Len(u64),
     /// Everything before it is durable.
     Sync,
@@ -31,7 +38,9 @@ pub struct Log {
 pub struct LogStore(pub Arc<Mutex<Log>>);
 
 pub fn next(random: &mut u64) -> u64 {
-    *random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    *random = random
+        .wrapping_mul(6_364_136_223_846_793_005)
+        .wrapping_add(1_442_695_040_888_963_407);
     *random >> 33
 }
 
@@ -146,7 +155,10 @@ impl Store for LogStore {
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         let data = data.to_vec();
-        self.0.lock().unwrap().run(Logged::Write { at: offset, data });
+        self.0
+            .lock()
+            .unwrap()
+            .run(Logged::Write { at: offset, data });
         Ok(())
     }
 
@@ -211,11 +223,17 @@ impl LogQueue {
                     let count = buffer.copy_to(rest);
                     rest = &mut rest[count..];
                 }
-                log.run(Logged::Write { at: request.offset, data });
+                log.run(Logged::Write {
+                    at: request.offset,
+                    data,
+                });
             }
             Operation::Flush => log.run(Logged::Sync),
             Operation::Discard { len } | Operation::WriteZeroes { len, .. } => {
-                log.run(Logged::Zero { at: request.offset, len });
+                log.run(Logged::Zero {
+                    at: request.offset,
+                    len,
+                });
             }
         }
         self.ended.push(request.tag);
@@ -237,7 +255,7 @@ impl ImageQueue for LogQueue {
         while !self.waiting.is_empty() {
             let pick = usize::try_from(next(&mut random)).unwrap() % self.waiting.len();
             let request = self.waiting.swap_remove(pick);
-            if next(&mut random) % 3 == 0 {
+            if next(&mut random).is_multiple_of(3) {
                 left.push(request);
             } else {
                 self.run(&request);
@@ -252,7 +270,10 @@ impl ImageQueue for LogQueue {
 
     fn reap(&mut self, done: &mut dyn FnMut(Completion)) {
         for tag in self.ended.drain(..) {
-            done(Completion { tag, result: Ok(()) });
+            done(Completion {
+                tag,
+                result: Ok(()),
+            });
         }
     }
 

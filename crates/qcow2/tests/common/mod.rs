@@ -1,5 +1,6 @@
 //! What the tests of this folder share: images in a scratch folder, and the peer's tools.
 #![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
