@@ -76,6 +76,9 @@ struct Driver {
     flushes: Vec<(usize, Vec<u32>)>,
     random: u64,
     stamps: u32,
+    /// Requests may fail.
+    failing: bool,
+    failed: u32,
 }
 
 impl Driver {
@@ -99,6 +102,8 @@ impl Driver {
             event,
             random: seed,
             stamps: 0,
+            failing: false,
+            failed: 0,
         }
     }
 
@@ -174,7 +179,7 @@ impl Driver {
         for (sector, data) in self.sectors.iter_mut().zip(data.chunks(512)) {
             let now = stamp(data);
             assert!(
-                now == sector.now || sector.now == 0,
+                now == sector.now || sector.now == 0 || self.failing,
                 "{now}, not {}",
                 sector.now
             );
@@ -193,7 +198,15 @@ impl Driver {
                 "nobody wakes the owner"
             );
             self.event.clear();
-            self.queue.reap(&mut |done| done.result.unwrap());
+            let (failing, failed) = (self.failing, &mut self.failed);
+            self.queue.reap(&mut |done| match done.result {
+                Ok(()) => {}
+                Err(seen) if failing => {
+                    assert!(seen.find("os.call-failed").is_some(), "{seen:?}");
+                    *failed += 1;
+                }
+                Err(seen) => panic!("{seen:?}"),
+            });
             self.queue.push().unwrap();
         }
     }
@@ -246,38 +259,44 @@ fn overlay(seed: u64, bits: u32) -> (LogStore, LogStore) {
     (LogStore::holding(made, seed), below)
 }
 
-/// Crashes at many places of the log, at all of its syncs among them.
-fn crash_everywhere(driver: &Driver, below: &LogStore, every: usize, seed: u64) -> u32 {
-    let dir = dir();
+/// Crashes at many places of the log: beside its syncs for the most part. `STRAKE_CRASH_ALL=1`
+/// takes all of them.
+fn crash_everywhere(driver: &Driver, below: &LogStore, most: usize, seed: u64) -> u32 {
+    // Nothing here needs a disk.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap_or_else(|_| dir());
     std::fs::write(dir.path().join("base"), base()).unwrap();
     let path = dir.path().join("overlay");
     let log = driver.store.0.lock().unwrap();
+    let is_sync = |at: usize| matches!(log.ops.get(at), Some(Logged::Sync));
+    let mut places: Vec<usize> = (0..=log.ops.len()).collect();
+    if std::env::var_os("STRAKE_CRASH_ALL").is_none() {
+        let mut random = seed;
+        let odds = 100 * most as u64 / places.len() as u64 + 1;
+        places.retain(|at| {
+            let near = is_sync(*at) || *at > 0 && is_sync(*at - 1);
+            next(&mut random) % 100 < if near { 2 * odds } else { odds / 2 }
+        });
+        places.push(log.ops.len());
+    }
     let mut crashes = 0;
-    for at in 0..=log.ops.len() {
-        let sync = at > 0 && matches!(log.ops[at - 1], Logged::Sync)
-            || at < log.ops.len() && matches!(log.ops[at], Logged::Sync);
-        if !sync && at % every != 0 && at != log.ops.len() {
-            continue;
-        }
-        for variant in 0..3 {
-            let bytes = log.crash(at, seed.wrapping_add(variant * 7 + at as u64));
-            std::fs::write(&path, &bytes).unwrap();
-            check_after_crash(&path);
-            let again = LogStore::holding(bytes, 1);
-            {
-                let image = chain(&again, Access::ReadWrite, below);
-                driver.judge(at, &read_all(&*image));
-                // It goes on where it was.
-                let mut queue = strake_block::Blocking::new(&*image).unwrap();
-                for number in 0..20u64 {
-                    queue.write((number * 149) * 512, &sector(7)).unwrap();
-                }
+    for at in places {
+        let bytes = log.crash(at, seed.wrapping_add(at as u64));
+        std::fs::write(&path, &bytes).unwrap();
+        check_after_crash(&path);
+        let again = LogStore::holding(bytes, 1);
+        {
+            let image = chain(&again, Access::ReadWrite, below);
+            driver.judge(at, &read_all(&*image));
+            // It goes on where it was.
+            let mut queue = strake_block::Blocking::new(&*image).unwrap();
+            for number in 0..20u64 {
+                queue.write((number * 149) * 512, &sector(7)).unwrap();
             }
-            let bytes = again.0.lock().unwrap().now.clone();
-            std::fs::write(&path, &bytes).unwrap();
-            check_after_crash(&path);
-            crashes += 1;
         }
+        let bytes = again.0.lock().unwrap().now.clone();
+        std::fs::write(&path, &bytes).unwrap();
+        check_after_crash(&path);
+        crashes += 1;
     }
     crashes
 }
@@ -301,7 +320,7 @@ fn a_crash_at_any_moment_loses_nothing_that_was_flushed() {
                 driver.flush();
             }
         }
-        crashes += crash_everywhere(&driver, &below, 23, seed);
+        crashes += crash_everywhere(&driver, &below, 100, seed);
     }
     eprintln!("{crashes} crashes");
 }
@@ -330,7 +349,7 @@ fn a_crash_while_streaming_leaves_the_same_content() {
     );
     let header = Header::read(&driver.store).unwrap();
     assert!(header.backing().is_none());
-    crash_everywhere(&driver, &below, 50, 5);
+    crash_everywhere(&driver, &below, 100, 5);
 }
 
 #[test]
@@ -401,5 +420,43 @@ fn a_crash_while_growing_leaves_the_old_or_the_new_size() {
             std::fs::write(&path, log.crash(at, seed)).unwrap();
             check_after_crash(&path);
         }
+    }
+}
+
+#[test]
+fn requests_that_fail_leave_an_image_that_is_whole() {
+    if !peers() {
+        return;
+    }
+    for seed in 1..4 {
+        let (store, below) = overlay(seed, [12, 16, 14][usize::try_from(seed % 3).unwrap()]);
+        let mut driver = Driver::new(store, &below, seed);
+        driver.round(false);
+        driver.flush();
+        driver.failing = true;
+        driver.store.0.lock().unwrap().failing = 20;
+        for round in 0..12 {
+            driver.round(round % 2 == 1);
+        }
+        driver.store.0.lock().unwrap().failing = 0;
+        driver.failing = false;
+        assert!(driver.failed > 10, "{} failed", driver.failed);
+        driver.flush();
+        driver.round(false);
+        driver.flush();
+        crash_everywhere(&driver, &below, 60, seed);
+        // Closed, it has lost no space either.
+        let Driver {
+            store,
+            image,
+            queue,
+            ..
+        } = driver;
+        drop((queue, image));
+        let dir = dir();
+        std::fs::write(dir.path().join("base"), base()).unwrap();
+        let path = dir.path().join("overlay");
+        std::fs::write(&path, &store.0.lock().unwrap().now).unwrap();
+        common::check(&path);
     }
 }

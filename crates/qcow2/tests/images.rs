@@ -111,8 +111,8 @@ fn images_of_the_peer_are_read_and_written() {
     let raw = dir.path().join("a.raw");
     let mut model = pattern(3, 20 << 20);
     model[1 << 20..9 << 20].fill(0);
-    for at in (9 << 20)..(12 << 20) {
-        model[at] = u8::try_from(at / 1000 % 7).unwrap();
+    for (at, byte) in model[9 << 20..12 << 20].iter_mut().enumerate() {
+        *byte = u8::try_from(at / 1000 % 7).unwrap();
     }
     std::fs::write(&raw, &model).unwrap();
     let raw = raw.to_str().unwrap();

@@ -32,6 +32,8 @@ pub struct Log {
     /// What the log began with.
     pub first: Vec<u8>,
     random: u64,
+    /// How many of a hundred changes fail.
+    pub failing: u64,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -53,6 +55,14 @@ fn apply(bytes: &mut Vec<u8>, at: u64, data: &[u8]) {
 }
 
 impl Log {
+    /// Whether the next change fails.
+    fn fails(&mut self) -> Result<()> {
+        if self.failing > 0 && next(&mut self.random) % 100 < self.failing {
+            return Err(std::io::Error::from_raw_os_error(5).into());
+        }
+        Ok(())
+    }
+
     fn run(&mut self, op: Logged) {
         match &op {
             Logged::Write { at, data } => apply(&mut self.now, *at, data),
@@ -118,6 +128,7 @@ impl LogStore {
             ops: Vec::new(),
             first: bytes,
             random,
+            failing: 0,
         })))
     }
 
@@ -155,6 +166,7 @@ impl Store for LogStore {
 
     fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         let data = data.to_vec();
+        self.0.lock().unwrap().fails()?;
         self.0
             .lock()
             .unwrap()
@@ -163,6 +175,7 @@ impl Store for LogStore {
     }
 
     fn sync(&self) -> Result<()> {
+        self.0.lock().unwrap().fails()?;
         self.0.lock().unwrap().run(Logged::Sync);
         Ok(())
     }
@@ -201,13 +214,17 @@ struct LogQueue {
     store: LogStore,
     event: Arc<Event>,
     waiting: Vec<Request>,
-    ended: Vec<u64>,
+    ended: Vec<(u64, Result<()>)>,
 }
 
 impl LogQueue {
     fn run(&mut self, request: &Request) {
         let mut log = self.store.0.lock().unwrap();
         let mut at = usize::try_from(request.offset).unwrap();
+        if let Err(failed) = log.fails() {
+            self.ended.push((request.tag, Err(failed)));
+            return;
+        }
         match request.op {
             Operation::Read => {
                 for buffer in &request.buffers {
@@ -236,7 +253,7 @@ impl LogQueue {
                 });
             }
         }
-        self.ended.push(request.tag);
+        self.ended.push((request.tag, Ok(())));
     }
 }
 
@@ -269,11 +286,8 @@ impl ImageQueue for LogQueue {
     }
 
     fn reap(&mut self, done: &mut dyn FnMut(Completion)) {
-        for tag in self.ended.drain(..) {
-            done(Completion {
-                tag,
-                result: Ok(()),
-            });
+        for (tag, result) in self.ended.drain(..) {
+            done(Completion { tag, result });
         }
     }
 
