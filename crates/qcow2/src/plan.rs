@@ -356,9 +356,6 @@ impl State {
 
     /// A part of one cluster.
     fn plan_zero_part(&mut self, offset: u64, len: u64, hint: bool) -> Result<ZeroPlan> {
-        if hint {
-            return Ok(ZeroPlan::Done(len));
-        }
         Ok(match self.map(offset, len)?.0 {
             Mapping::Zero { .. } => ZeroPlan::Done(len),
             Mapping::Data { host, copied: true } => ZeroPlan::InPlace {
@@ -366,6 +363,8 @@ impl State {
                 len,
                 epoch: Arc::clone(&self.epoch),
             },
+            // Not worth a cluster.
+            _ if hint => ZeroPlan::Done(len),
             _ => ZeroPlan::Write(len),
         })
     }

@@ -67,6 +67,8 @@ pub(crate) struct State {
     /// The length of a file that may be written.
     length: u64,
     waiting: Vec<Weak<Event>>,
+    /// Threads in [`Qcow::wait`]: mostly none, and waking nobody costs a system call too.
+    sleeping: u32,
 }
 
 /// References that are gone from the disk too.
@@ -125,6 +127,7 @@ impl Qcow {
                 flushing: false,
                 length,
                 waiting: Vec::new(),
+                sleeping: 0,
             }),
             changed: Condvar::new(),
             store,
@@ -156,14 +159,20 @@ impl Qcow {
         for event in state.waiting.drain(..).filter_map(|event| event.upgrade()) {
             event.signal();
         }
-        self.changed.notify_all();
+        if state.sleeping > 0 {
+            self.changed.notify_all();
+        }
     }
 
     /// Waits for the next [`wake`](Self::wake), in this thread.
-    pub(crate) fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed
+    pub(crate) fn wait<'a>(&self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        state.sleeping += 1;
+        let mut state = self
+            .changed
             .wait(state)
-            .unwrap_or_else(PoisonError::into_inner)
+            .unwrap_or_else(PoisonError::into_inner);
+        state.sleeping -= 1;
+        state
     }
 }
 

@@ -237,7 +237,6 @@ impl Queue {
                     None => Ok(()),
                 },
             });
-            self.event.signal();
         }
     }
 
@@ -418,9 +417,14 @@ impl Queue {
                     _epoch: epoch,
                     _memory: None,
                 };
-                let op = Operation::WriteZeroes {
-                    len,
-                    unmap: give_back,
+                let op = if hint {
+                    // The file system has finer blocks than clusters.
+                    Operation::Discard { len }
+                } else {
+                    Operation::WriteZeroes {
+                        len,
+                        unmap: give_back,
+                    }
                 };
                 self.hand(&Layer::Qcow(top), what, op, (host, Vec::new()))?;
                 job.cursor += len;
@@ -517,6 +521,10 @@ impl ImageQueue for Queue {
         self.ready.extend(self.parked.drain(..));
         while let Some(index) = self.ready.pop_front() {
             self.advance(index);
+        }
+        if !self.ended.is_empty() {
+            // Nothing of theirs was for the kernel to do, so nothing else wakes the owner.
+            self.event.signal();
         }
         for link in &mut self.links {
             link.queue.push()?;
