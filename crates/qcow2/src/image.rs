@@ -226,7 +226,8 @@ impl Qcow {
             // What the first one freed on the disk is counted as free by the second.
             self.flush()?;
         }
-        let mut state = self.lock();
+        let mut guard = self.lock();
+        let state = &mut *guard;
         let store = Arc::clone(&self.store);
         if !store.grows() || state.flushing {
             return Ok(());
@@ -237,6 +238,8 @@ impl Qcow {
         let end = refs.end(&*store)?;
         if end > 0 && end < store.len()? {
             store.set_len(end)?;
+            // Other images may still use it.
+            state.length = end;
         }
         Ok(())
     }

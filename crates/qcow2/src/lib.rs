@@ -17,7 +17,7 @@
 //! * `map`: where a byte of the guest is; `plan`: where a byte of the guest goes;
 //! * `layer`, `chain`: layers on each other, listed by the daemon and built by the monitor;
 //! * `image`, `queue`: the [`strake_block::Image`] on top, one state machine per request;
-//! * `create`, `resize`, [`Commit`], [`Stream`]: what changes images as a whole.
+//! * `create`, `resize`, `live`, [`Commit`], [`Stream`]: what changes images as a whole.
 //!
 //! Threads: none of its own. Every queue is driven by its owner; jobs by whoever steps them. One
 //! mutex per layer guards its tables; it is held for memory operations and for the reading of a
@@ -32,6 +32,7 @@ mod flush;
 mod header;
 mod image;
 mod layer;
+mod live;
 mod map;
 mod memory;
 mod num;

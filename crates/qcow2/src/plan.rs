@@ -389,7 +389,7 @@ impl State {
         store.sync()?;
         refs.kept = crate::state::kept(&header);
         self.header = header;
-        self.length_at_least(store.len()?);
+        self.length = self.length.max(store.len()?);
         self.freed.extend(old.first..old.first + old.count);
         Ok(())
     }

@@ -65,7 +65,7 @@ pub(crate) struct State {
     pub(crate) epoch: Epoch,
     pub(crate) flushing: bool,
     /// The length of a file that may be written.
-    length: u64,
+    pub(crate) length: u64,
     waiting: Vec<Weak<Event>>,
     /// Threads in [`Qcow::wait`]: mostly none, and waking nobody costs a system call too.
     sleeping: u32,
@@ -388,11 +388,5 @@ impl State {
     /// Whether it failed because the table of refcounts has no more entries.
     pub(crate) fn is_full(seen: &strake_observe::Observation) -> bool {
         seen.is::<Full>()
-    }
-}
-
-impl State {
-    pub(crate) fn length_at_least(&mut self, length: u64) {
-        self.length = self.length.max(length);
     }
 }

@@ -320,7 +320,7 @@ fn a_crash_at_any_moment_loses_nothing_that_was_flushed() {
                 driver.flush();
             }
         }
-        crashes += crash_everywhere(&driver, &below, 100, seed);
+        crashes += crash_everywhere(&driver, &below, 60, seed);
     }
     eprintln!("{crashes} crashes");
 }
@@ -349,7 +349,7 @@ fn a_crash_while_streaming_leaves_the_same_content() {
     );
     let header = Header::read(&driver.store).unwrap();
     assert!(header.backing().is_none());
-    crash_everywhere(&driver, &below, 100, 5);
+    crash_everywhere(&driver, &below, 50, 5);
 }
 
 #[test]
@@ -444,7 +444,7 @@ fn requests_that_fail_leave_an_image_that_is_whole() {
         driver.flush();
         driver.round(false);
         driver.flush();
-        crash_everywhere(&driver, &below, 60, seed);
+        crash_everywhere(&driver, &below, 40, seed);
         // Closed, it has lost no space either.
         let Driver {
             store,

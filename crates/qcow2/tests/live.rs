@@ -9,8 +9,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::{check, content, dir, make, open, pattern, peers, queue, read_all};
-use strake_block::{Image, Operation};
-use strake_qcow2::{Backing, CreateOptions, Format, Progress, Qcow2Image, Stream};
+use strake_block::{Access, Image, Operation};
+use strake_qcow2::{
+    Backing, ChainPart, Commit, CreateOptions, Format, Progress, Qcow2Image, Stream,
+};
 
 const SIZE: usize = 12 << 20;
 const ZONE: usize = 2048;
@@ -162,5 +164,88 @@ fn a_disk_with_small_clusters_outgrows_its_tables() {
         let mut now = vec![0; data.len()];
         image.read_at(at, &mut now).unwrap();
         assert!(now == data, "at {at}");
+    }
+}
+
+/// A snapshot of a disk in use, and its consolidation while the guest goes on.
+#[test]
+fn a_snapshot_is_taken_and_consolidated_live() {
+    if !peers() {
+        return;
+    }
+    for (bits, compressed) in [(12, true), (16, false)] {
+        let dir = dir();
+        let path = |name: &str| dir.path().join(name);
+        let part = |name: &str| ChainPart {
+            store: Arc::new(common::store(&path(name), Access::ReadWrite)),
+            format: Format::Qcow2,
+            access: Access::ReadWrite,
+        };
+        let mut model: Vec<u8> = pattern(1, SIZE);
+        for (at, byte) in model.iter_mut().enumerate() {
+            *byte = if at % 4096 < 3000 { 5 } else { *byte };
+        }
+        std::fs::write(path("raw"), &model).unwrap();
+        let (raw, base) = (path("raw"), path("base"));
+        let mut args = vec!["convert", "-f", "raw", "-O", "qcow2"];
+        if compressed {
+            args.push("-c");
+        }
+        args.extend([raw.to_str().unwrap(), base.to_str().unwrap()]);
+        assert_eq!(common::qemu_img(&args).0, 0);
+        let overlay = |name: &str, below: &str| {
+            let options = CreateOptions::new(SIZE as u64).cluster_bits(bits);
+            make(&path(name), &options.backing(below, Format::Qcow2));
+        };
+        let run = |image: &Arc<Qcow2Image>, model: &mut Vec<u8>, meanwhile: &dyn Fn()| {
+            let stop = AtomicBool::new(false);
+            std::thread::scope(|scope| {
+                let writers: Vec<_> = (0..2)
+                    .map(|number| {
+                        let stop = &stop;
+                        scope.spawn(move || writer(image, number, 2, stop))
+                    })
+                    .collect();
+                std::thread::sleep(Duration::from_millis(100));
+                meanwhile();
+                std::thread::sleep(Duration::from_millis(100));
+                stop.store(true, Ordering::Relaxed);
+                for writer in writers {
+                    for (at, data) in writer.join().unwrap() {
+                        model[at..at + ZONE].copy_from_slice(&data);
+                    }
+                }
+            });
+        };
+        overlay("one", "base");
+        let one = open(&path("one"));
+        run(&one, &mut model, &|| {});
+        let then = model.clone();
+        overlay("two", "one");
+        let two = one.under(part("two")).unwrap();
+        drop(one);
+        run(&two, &mut model, &|| {
+            // What the snapshot was is there still, and goes into the base now.
+            assert!(read_all(&*two.lower(1).unwrap()) == then);
+            two.reopen(2, part("base")).unwrap();
+            let lower = two.lower(2).unwrap();
+            let mut commit = Commit::new(Arc::clone(&two), 1, lower, 0).unwrap();
+            while commit.step(1 << 20).unwrap() != Progress::Done {}
+            drop(commit);
+            let backing = Backing {
+                path: "base".to_owned(),
+                format: Some("qcow2".to_owned()),
+            };
+            two.remove_layer(1, &backing).unwrap();
+            assert_eq!(two.depth(), 2);
+            std::fs::remove_file(path("one")).unwrap();
+        });
+        assert!(read_all(&*two) == model);
+        drop(two);
+        for name in ["two", "base"] {
+            check(&path(name));
+        }
+        assert!(content(&path("base")) == then);
+        assert!(content(&path("two")) == model);
     }
 }

@@ -3,7 +3,6 @@
 
 mod common;
 #[path = "../../block/tests/common/mod.rs"]
-#[allow(dead_code)]
 mod guest;
 
 use std::sync::Arc;
