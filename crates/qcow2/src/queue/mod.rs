@@ -31,6 +31,9 @@ use crate::state::Epoch;
 /// Steps of one request before the others have their turn: a discard of a whole disk is many.
 const MAX_STEPS: u32 = 64;
 
+/// Requests at the kernel at once, at least: one of the guest may be several.
+const LEAST_DEPTH: u32 = 8;
+
 /// A queue on a chain.
 #[derive(Debug)]
 pub(crate) struct Queue {
@@ -110,7 +113,7 @@ impl Queue {
             links: Vec::new(),
             shared: Arc::clone(shared),
             event: Arc::clone(event),
-            depth,
+            depth: depth.saturating_mul(2).max(LEAST_DEPTH),
             jobs: Slab::default(),
             parts: Slab::default(),
             moves: Slab::default(),

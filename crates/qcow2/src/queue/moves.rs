@@ -13,6 +13,9 @@ use crate::num::us;
 use crate::plan::Reserved;
 use crate::state::Epoch;
 
+/// Up to so much data is read over, rather than around.
+const MERGE_BYTES: u64 = 16 * 1024;
+
 #[derive(Debug)]
 pub(super) struct Move {
     pub(super) job: usize,
@@ -64,23 +67,28 @@ impl Queue {
                 the_move.host += head;
                 return Ok(());
             }
-            let mut all = Vec::new();
-            for (at, len) in [(start, head), (offset + len, tail)] {
-                if len > 0 {
-                    let memory = Memory::new(us(len));
-                    all.push((at, memory));
-                }
+            if head > 0 && tail > 0 && len <= MERGE_BYTES {
+                // One read over the data too costs less than two.
+                let mut memory = Memory::new(us(end - start));
+                read.extend(around(&layers, start, &mut memory)?);
+                let all = [memory.buffer()];
+                let data = std::mem::take(&mut the_move.buffers);
+                the_move.buffers = part(&all, 0, head);
+                the_move.buffers.extend(data);
+                the_move.buffers.extend(part(&all, head + len, tail));
+                the_move._memory.push(memory);
+                return Ok(());
             }
-            for (at, memory) in &mut all {
-                read.extend(around(&layers, *at, memory)?);
+            if head > 0 {
+                let mut memory = Memory::new(us(head));
+                read.extend(around(&layers, start, &mut memory)?);
+                the_move.buffers.insert(0, memory.buffer());
+                the_move._memory.push(memory);
             }
-            for (at, memory) in all {
-                let buffer = memory.buffer();
-                if at == start && head > 0 {
-                    the_move.buffers.insert(0, buffer);
-                } else {
-                    the_move.buffers.push(buffer);
-                }
+            if tail > 0 {
+                let mut memory = Memory::new(us(tail));
+                read.extend(around(&layers, offset + len, &mut memory)?);
+                the_move.buffers.push(memory.buffer());
                 the_move._memory.push(memory);
             }
             Ok(())
