@@ -38,18 +38,35 @@ pub struct Test {
     pub run: fn(&str) -> Outcome,
 }
 
+/// The tests that ended in an earlier run, which this one goes on with.
+#[derive(Debug, Clone, Default)]
+pub struct Before {
+    /// Those that passed.
+    pub passed: Vec<String>,
+    /// Those that did not.
+    pub failed: Vec<String>,
+}
+
+impl Before {
+    fn has(&self, test: &Test) -> bool {
+        let named = |names: &[String]| names.iter().any(|name| name == test.name);
+        named(&self.passed) || named(&self.failed)
+    }
+}
+
 /// Runs the tests whose names contain one of the words (all if there are none) and says how it
-/// went. Returns how many failed.
+/// went, with those that ended before. Returns how many failed.
 #[must_use]
-pub fn run(tests: &[Test], words: &[String]) -> usize {
+pub fn run(tests: &[Test], words: &[String], before: &Before) -> usize {
     // Without it a hanging test's daemon would live on; nothing else depends on it.
     let _ = set_child_subreaper(Some(getpid()));
     let chosen: Vec<&Test> = tests
         .iter()
         .filter(|test| words.is_empty() || words.iter().any(|word| test.name.contains(word)))
+        .filter(|test| !before.has(test))
         .collect();
     let begun = Instant::now();
-    let mut failed = Vec::new();
+    let mut failed: Vec<&str> = before.failed.iter().map(String::as_str).collect();
     for test in &chosen {
         print!("test {} ... ", test.name);
         let _ = std::io::stdout().flush();
@@ -71,7 +88,7 @@ pub fn run(tests: &[Test], words: &[String]) -> usize {
     println!("in {:.0} s", begun.elapsed().as_secs_f64());
     println!(
         "{} passed, {} failed",
-        chosen.len() - failed.len(),
+        chosen.len() + before.passed.len() + before.failed.len() - failed.len(),
         failed.len()
     );
     failed.len()

@@ -79,13 +79,18 @@ impl Part {
         // The command holds the pipe's other end, which shall close with the program.
         drop(self.command);
         let mut count = Count::default();
+        let mut current = String::new();
         for line in BufReader::new(ours).split(b'\n') {
             let line = line.os("read", &self.name)?;
             let line = String::from_utf8_lossy(&line);
             writeln!(log, "{line}").os("write", path.display())?;
             count += counted(&line);
-            if is_mark(&line) {
+            if let Some(program) = program_of(&line) {
+                current = program.to_owned();
+            } else if is_mark(&line) {
                 println!("{}: {line}", self.name);
+            } else if line.starts_with("test result: ") && counted(&line) != Count::default() {
+                println!("{}: {current}: {line}", self.name);
             }
         }
         let status = child.wait().os("wait", &program)?;
@@ -133,16 +138,22 @@ fn counted(line: &str) -> Count {
     }
 }
 
-/// Whether a line is shown while it runs: one for each program of many small tests, one for each
-/// of the large ones, and all that failed.
+/// The test program that a line of cargo announces, as `strake_block` or `data_path`.
+fn program_of(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    if let Some(package) = line.strip_prefix("Doc-tests ") {
+        return Some(package);
+    }
+    let (_, path) = line.strip_prefix("Running ")?.split_once(" (")?;
+    let name = path.trim_end_matches(')').rsplit('/').next()?;
+    name.rsplit_once('-').map(|(name, _hash)| name)
+}
+
+/// Whether a line is shown while it runs: one for each of the large tests, and all that failed.
 fn is_mark(line: &str) -> bool {
     let of_runner = line.starts_with("test ") && line.ends_with(" s)");
-    of_runner
-        || line.trim_start().starts_with("Running ")
-        || line.trim_start().starts_with("Doc-tests ")
-        || line.starts_with("test result: ")
-        || line.contains("FAILED")
-        || line.starts_with("lab: ")
+    let of_one = !line.starts_with("test result: ") && line.contains("FAILED");
+    of_runner || of_one || line.starts_with("lab: ")
 }
 
 #[cfg(test)]
@@ -162,6 +173,16 @@ mod tests {
         );
         assert_eq!(counted("24 passed, 1 failed"), count(24, 1));
         assert_eq!(counted("test three_passed_one_failed ... ok"), count(0, 0));
+    }
+
+    #[test]
+    fn cargo_says_which_program_it_runs() {
+        assert_eq!(
+            program_of("     Running tests/data_path.rs (target/debug/deps/data_path-1f)"),
+            Some("data_path")
+        );
+        assert_eq!(program_of("   Doc-tests strake_api"), Some("strake_api"));
+        assert_eq!(program_of("test a ... ok"), None);
     }
 
     #[test]

@@ -91,6 +91,7 @@ fn lint() -> Vec<Part> {
 
 /// Builds what the parts run, so that they do not wait for each other's cargo.
 fn build(plan: &Plan) -> Result<()> {
+    println!("building; the first time takes some minutes");
     if plan.has(Kind::Unit) {
         let mut tests = build::cargo();
         tests.args(["test", "--quiet", "--workspace", "--no-run"]);

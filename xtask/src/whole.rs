@@ -47,6 +47,22 @@ pub enum Place {
     Host,
 }
 
+/// The program that runs the tests one after another.
+const TESTS: &str = "strake-system-tests";
+
+/// What [`TESTS`] is told of the tests that ended before the lab stalled.
+fn tests_done(printed: &str) -> Vec<String> {
+    printed
+        .lines()
+        .filter_map(|line| line.strip_prefix("test ")?.split_once(" ... "))
+        .filter_map(|(name, ended)| match ended.split(' ').next() {
+            Some("ok") => Some(format!("--passed={name}")),
+            Some("FAILED") => Some(format!("--failed={name}")),
+            _ => None,
+        })
+        .collect()
+}
+
 /// Where whole-system commands run here.
 #[must_use]
 pub fn place() -> Place {
@@ -82,6 +98,9 @@ pub fn command(words: &[String], debian: Debian, timeout: Duration) -> Result<La
     let mut command = LabCommand::new(words);
     command.timeout = timeout;
     command.output = Output::Stream;
+    if words.first().is_some_and(|word| word == TESTS) {
+        command.resume = Some(tests_done);
+    }
     for program in programs.iter().chain(&guest_programs) {
         command
             .files
@@ -98,4 +117,15 @@ pub fn command(words: &[String], debian: Debian, timeout: Duration) -> Result<La
         command.disks.push(("debian".to_owned(), image));
     }
     Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_that_ended_are_not_run_again() {
+        let printed = "test a ... ok (1.0 s)\ntest b ... FAILED (2.0 s)\nwhy\ntest c ... ";
+        assert_eq!(tests_done(printed), ["--passed=a", "--failed=b"]);
+    }
 }

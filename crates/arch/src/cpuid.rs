@@ -107,6 +107,8 @@ impl Topology {
                 // The kernel's timer needs it, KVM emulates it with its own interrupt controller,
                 // and does not list it because that depends on who emulates the controller.
                 set_bit(&mut entry.ecx, 24, true);
+                // Intel's virtualisation, see below.
+                set_bit(&mut entry.ecx, 5, false);
                 // x2APIC, and "this is a virtual machine".
                 set_bit(&mut entry.ecx, 21, true);
                 set_bit(&mut entry.ecx, 31, true);
@@ -123,9 +125,13 @@ impl Topology {
                     }
                 }
             }
-            // Performance counters.
-            0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            // Performance counters; details of AMD's virtualisation.
+            0xa | 0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
             0x8000_0001 if self.vendor == Vendor::Amd => {
+                // AMD's virtualisation. Guests of guests make the host's KVM run its most
+                // intricate code at the will of a hostile guest, so no guest has any.
+                set_bit(&mut entry.ecx, 2, false);
+                set_bit(&mut entry.ecx, 12, false);
                 // Cores, not threads, are what the logical processors are.
                 set_bit(&mut entry.ecx, 1, self.cpus > 1);
                 // Extended performance counters.
@@ -196,7 +202,7 @@ mod tests {
     fn host(name: &[u8; 12]) -> Vec<kvm_cpuid_entry2> {
         vec![
             named(name, 0x1f),
-            leaf(1, 0, [0x806f8, 0x5540_0800, 0x0020_3000, 0x0100_0000]),
+            leaf(1, 0, [0x806f8, 0x5540_0800, 0x0020_3020, 0x0100_0000]),
             // Level 1 data, level 2 unified, level 3 unified: shared by 2, 2 and 64 of the host.
             leaf(4, 0, [0xfc00_4121, 0, 0, 0]),
             leaf(4, 2, [0xfc00_4143, 0, 0, 0]),
@@ -208,7 +214,12 @@ mod tests {
             leaf(0x1f, 0, [1, 2, 0x100, 77]),
             leaf(0x4000_0000, 0, [0x4000_0001, 1, 2, 3]),
             leaf(0x8000_0000, 0, [0x8000_0021, 0, 0, 0]),
-            leaf(0x8000_0001, 0, [0, 0, 1 << 22 | 3 << 23, 0]),
+            leaf(
+                0x8000_0001,
+                0,
+                [0, 0, 1 << 22 | 3 << 23 | 1 << 12 | 1 << 2, 0],
+            ),
+            leaf(0x8000_000a, 0, [1, 8, 0, 0x9]),
             leaf(0x8000_0008, 0, [0x3028, 0, 0x703f, 0]),
             leaf(0x8000_001d, 3, [0x0003_c163, 0, 0, 0]),
             leaf(0x8000_001e, 0, [77, 0x0126, 0, 0]),
@@ -265,6 +276,7 @@ mod tests {
         let entries = guest_cpuid(&host(b"AuthenticAMD"), 2, 4);
         assert_eq!(get(&entries, 0x8000_0008, 0), [0x3028, 0, 0x2003, 0]);
         assert_eq!(get(&entries, 0x8000_0001, 0)[2], 1 << 22 | 1 << 1);
+        assert_eq!(get(&entries, 0x8000_000a, 0), [0; 4]);
         assert_eq!(get(&entries, 0x8000_001d, 3)[0], 3 << 14 | 0x163);
         assert_eq!(get(&entries, 0x8000_001e, 0), [2, 2, 0, 0]);
     }

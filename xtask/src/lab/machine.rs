@@ -16,6 +16,10 @@ const MEMORY_MIB: u32 = 3072;
 /// and the small one can be filled. Sparse files; mounted at `/stores/NAME`.
 pub(crate) const STORES: &[(&str, u64)] = &[("a", 8 << 30), ("b", 8 << 30), ("small", 64 << 20)];
 
+/// Everything that the emulation has, with nested virtualisation, and without XSAVE and what needs it:
+/// the emulation lets a guest's `xsetbv` through to the register of its host.
+const PROCESSOR: &str = "max,+svm,+npt,-xsave,-avx,-avx2,-fma,-f16c,-vaes,-vpclmulqdq,-pku";
+
 /// A running lab. Killed when dropped.
 #[derive(Debug)]
 pub(super) struct Machine {
@@ -33,7 +37,7 @@ impl Machine {
         // If we are killed, the lab must not stay behind.
         let mut qemu = tool::command("setpriv");
         qemu.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
-        qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"]);
+        qemu.args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR]);
         qemu.args(["-smp", &of.cpus.to_string(), "-m", &MEMORY_MIB.to_string()]);
         qemu.args([
             "-display",

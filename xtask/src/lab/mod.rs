@@ -27,6 +27,9 @@ use crate::cpio::Tree;
 use crate::observations::LabStalled;
 use crate::{kernel, setup, workspace};
 
+/// How often a lab that stalls is started, if its command gets on.
+const STARTS: u32 = 4;
+
 /// Where the command's output goes besides the log of the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Output {
@@ -55,6 +58,9 @@ pub struct LabCommand {
     pub timeout: Duration,
     /// Where its output goes.
     pub output: Output,
+    /// Words to add when the lab stalled and is started once more, from what the command had
+    /// printed by then: what is done need not be done again. Without it the command begins anew.
+    pub resume: Option<fn(&str) -> Vec<String>>,
 }
 
 impl LabCommand {
@@ -70,24 +76,35 @@ impl LabCommand {
             cpus: 1,
             timeout: Duration::from_secs(600),
             output: Output::Stream,
+            resume: None,
         }
     }
 
     /// Runs it and returns its exit status.
     ///
     /// # Errors
-    /// If the lab cannot be made, stalls twice, or the command does not end in time.
+    /// If the lab cannot be made, stalls too often, or the command does not end in time.
     pub fn run(&self) -> Result<i32> {
-        match self.run_once() {
-            Err(seen) if seen.is::<LabStalled>() => {
-                eprintln!("lab: {}\nlab: starting it once more", seen.text());
-                self.run_once()
+        let mut command = self.clone();
+        let mut starts = 1;
+        loop {
+            let mut printed = String::new();
+            let stalled = match command.run_once(&mut printed) {
+                Err(seen) if seen.is::<LabStalled>() => seen,
+                ended => return ended,
+            };
+            let done = self.resume.map_or_else(Vec::new, |resume| resume(&printed));
+            // A command that came nowhere twice will come nowhere a third time.
+            if starts == STARTS || (starts > 1 && done.is_empty()) {
+                return Err(stalled);
             }
-            ended => ended,
+            eprintln!("lab: {}\nlab: starting it once more", stalled.text());
+            command.words.extend(done);
+            starts += 1;
         }
     }
 
-    fn run_once(&self) -> Result<i32> {
+    fn run_once(&self, printed: &mut String) -> Result<i32> {
         setup::require(&["qemu-system-x86_64", "mke2fs", "strip", "xz"])?;
         let (kernel, base) = {
             let _lock = workspace::CacheLock::take()?;
@@ -99,7 +116,10 @@ impl LabCommand {
         let archive = folder.path.join("lab.cpio");
         image::write(&self.own_files()?, &archive, Some(&base))?;
         let machine = machine::Machine::start(self, &kernel.image, &archive, &folder.path)?;
-        let status = watch::to_the_end(machine, self, &folder.path)?;
+        let ended = watch::to_the_end(machine, self, &folder.path);
+        let log = fs::read(folder.path.join("output.log")).unwrap_or_default();
+        printed.push_str(&String::from_utf8_lossy(&log));
+        let status = ended?;
         if let Some(out) = &self.files_out {
             fs::create_dir_all(out).os("mkdir", out.display())?;
             let tar = folder.path.join("files.tar");

@@ -437,3 +437,24 @@ fn give_name(destination: &Path) -> Result<()> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_somebody_took_meanwhile_stays_his() {
+        let dir = tempfile::tempdir().unwrap();
+        let destination = dir.path().join("root.raw");
+        let unnamed = unnamed_path(&destination);
+        std::fs::write(&unnamed, b"").unwrap();
+        std::fs::write(&destination, b"").unwrap();
+        let theirs = FileIdentity::at(&destination).unwrap().unwrap();
+        let seen = give_name(&destination).unwrap_err();
+        assert_eq!(seen.id(), "host.destination-exists");
+        assert!(FileIdentity::at(&destination).unwrap().unwrap().is(&theirs));
+        std::fs::remove_file(&destination).unwrap();
+        give_name(&destination).unwrap();
+        assert!(destination.exists() && !unnamed.exists());
+    }
+}
