@@ -15,7 +15,7 @@ triple=x86_64-unknown-linux-gnu
 build=${CARGO_TARGET_DIR:-$PWD/target}
 
 targets() {
-    sed -n 's/^name = "\([a-z]*_[a-z]*\)"$/\1/p' Cargo.toml
+    sed -n 's/^name = "\([a-z0-9]*_[a-z]*\)"$/\1/p' Cargo.toml
 }
 
 compile() {

@@ -56,7 +56,7 @@ impl Buffer {
 
     /// The part of it from `skip` on, at most `take` bytes.
     #[must_use]
-    pub(crate) fn part(&self, skip: usize, take: usize) -> Self {
+    pub fn part(&self, skip: usize, take: usize) -> Self {
         let skip = skip.min(self.len());
         Self(libc::iovec {
             // SAFETY: `skip` is at most the length, so the address is within the range or one past.
@@ -66,7 +66,7 @@ impl Buffer {
     }
 
     /// Copies its bytes to `to`, as many as fit in both, and says how many.
-    pub(crate) fn copy_to(&self, to: &mut [u8]) -> usize {
+    pub fn copy_to(&self, to: &mut [u8]) -> usize {
         let count = self.len().min(to.len());
         // SAFETY: the maker of the buffer promised that it is readable; `to` is our own memory, so
         // the two do not overlap.
@@ -77,7 +77,7 @@ impl Buffer {
     }
 
     /// Copies `from` into it, as many bytes as fit in both, and says how many.
-    pub(crate) fn copy_from(&self, from: &[u8]) -> usize {
+    pub fn copy_from(&self, from: &[u8]) -> usize {
         let count = self.len().min(from.len());
         // SAFETY: as in `copy_to`, for writing.
         unsafe {

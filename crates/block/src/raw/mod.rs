@@ -42,6 +42,9 @@ const SYNC_PIECE: u64 = 256 * 1024;
 /// The shortest allocated range that is told, but for the end of the file.
 const LEAST_RANGE: u64 = 64 * 1024;
 
+/// The size of a file whose end is not known: the largest file of Linux, in whole pages.
+const GROWING_BYTES: u64 = (i64::MAX as u64) & !(PAGE as u64 - 1);
+
 /// The zeroes that are written where a file system cannot zero a range.
 const ZERO_BYTES: u64 = 256 * 1024;
 
@@ -102,6 +105,26 @@ impl RawImage {
                 no_zero_range: AtomicBool::new(false),
             }),
         })
+    }
+
+    /// A file that grows while it is in use, because an image format keeps its data in it: requests
+    /// may lie anywhere, and the caller sees to it that the file reaches as far as they do.
+    ///
+    /// # Errors
+    /// As [`from_fd`](Self::from_fd).
+    pub fn growing(fd: OwnedFd, path: impl Into<String>, access: Access) -> Result<Self> {
+        let mut image = Self::from_fd(fd, path, access)?;
+        if let Some(file) = Arc::get_mut(&mut image.file) {
+            file.size = GROWING_BYTES;
+            file.length = GROWING_BYTES;
+        }
+        Ok(image)
+    }
+
+    /// What offsets and lengths in the file are best multiples of, in bytes.
+    #[must_use]
+    pub fn block_bytes(&self) -> u64 {
+        self.file.alignment.offset
     }
 
     /// The same image with a stricter alignment, for tests of devices that are not at hand.
