@@ -29,6 +29,10 @@ use common::{
 struct Hooks(Mutex<Sender<()>>);
 
 impl SwitchHooks for Hooks {
+    fn can_ask(&self) -> bool {
+        true
+    }
+
     fn suspend_vm(&self, _: Duration) -> Result<()> {
         Ok(())
     }
