@@ -8,7 +8,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use strake_observe::Result;
+use strake_observe::{OsContext, Result};
 
 use crate::observations::ChecksFailed;
 use crate::part::{Count, Ended, Part};
@@ -134,7 +134,6 @@ fn fuzzer() -> Command {
 }
 
 fn system() -> Result<Part> {
-    use strake_observe::OsContext;
     let own = std::env::current_exe().os("readlink", "/proc/self/exe")?;
     let mut command = Command::new(own);
     command.arg("system");
