@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use strake_api::control::{Event, ExitReason, Request, RunState};
 use strake_api::rest::VmState;
-use strake_observe::{Observation, Result};
+use strake_observe::{Observation, OsContext, Result};
 
 use super::live::{Cell, Monitor};
 use super::supervise::{Death, Recorded, SETTLE_PATIENCE};
@@ -129,7 +129,7 @@ impl Host {
         if self.vm_has_ended(cell, why, None, Duration::ZERO) == VmState::Starting {
             let (host, cell) = (Arc::clone(self), Arc::clone(cell));
             // Not here: the daemon is not yet up, and a start may take long.
-            std::thread::spawn(move || host.start_after_reset(&cell));
+            aside("restart", move || host.start_after_reset(&cell));
         }
     }
 
@@ -173,7 +173,7 @@ impl Host {
                 host.start_after_reset(&cell);
             }
         };
-        std::thread::spawn(work);
+        aside("end", work);
     }
 
     /// Ends a monitor whose guest has ended.
@@ -326,4 +326,16 @@ fn end_unfinished(name: &str, monitor: &Monitor) -> Observation {
         reason: "the daemon that started it ended before its guest ran".to_owned(),
     }
     .into()
+}
+
+/// Does something in a thread of its own. Without one the record stays as it is, and the daemon's
+/// next start does it.
+fn aside(what: &str, work: impl FnOnce() + Send + 'static) {
+    let spawned = std::thread::Builder::new()
+        .name(format!("recover-{what}"))
+        .spawn(work)
+        .os("clone", "a thread that recovers a VM");
+    if let Err(seen) = spawned {
+        note(seen);
+    }
 }
