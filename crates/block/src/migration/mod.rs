@@ -32,13 +32,17 @@
 //! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
 //!   which the guest waits; `control`: what the threads share; `journal`: the file.
 
+mod choice;
 mod control;
 mod copier;
 mod job;
 pub mod journal;
+mod mirroring;
 mod pace;
+mod passes;
 mod pause;
 mod plan;
+mod switch;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -147,6 +151,7 @@ impl Migration {
             expected_pause_ms: None,
             pause_ms: None,
             elapsed_ms: 0,
+            method: None,
             failure: None,
         };
         let event = Arc::new(Event::new().because_of(failed)?);

@@ -159,6 +159,7 @@ mod tests {
                 expected_pause_ms: Some(41.7),
                 pause_ms: None,
                 elapsed_ms: 1500,
+                method: None,
                 failure: None,
             },
         }
