@@ -606,6 +606,57 @@ fn a_mirroring_that_is_ended_at_any_instant_and_begun_again_loses_nothing() {
 }
 
 #[test]
+fn one_pass_is_enough_for_a_mirroring_that_was_there_before_the_writes() {
+    shuttle::check_random(
+        || {
+            let disk = Mirrored::new();
+            disk.bitmap.mark(0, BLOCKS as u64 * BLOCK_BYTES);
+            let zones = disk.begin();
+            let writers = writers(&disk, 2);
+            assert!(disk.sweep(&zones));
+            assert!(disk.compare(), "something is dirty again");
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            assert!(disk.compare());
+            disk.end(&zones);
+        },
+        ITERATIONS,
+    );
+}
+
+#[test]
+fn a_half_that_arrived_before_the_end_does_not_hide_one_that_had_not() {
+    // One thread has to stand still for long, which takes more than chance.
+    shuttle::check_pct(
+        || {
+            // All is copied: both writes are mirrored, or marked once nothing is any more.
+            let disk = Mirrored::new();
+            let zones = disk.begin();
+            let writers: Vec<_> = (0..2usize)
+                .map(|cell| {
+                    let disk = Arc::clone(&disk);
+                    thread::spawn(move || disk.write(cell..cell + 1, 7))
+                })
+                .collect();
+            thread::yield_now();
+            disk.end(&zones);
+            let zones = disk.begin();
+            while disk.bitmap.marked() > 0 {
+                assert!(disk.sweep(&zones));
+            }
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            disk.compare();
+            disk.end(&zones);
+        },
+        2 * ITERATIONS,
+        3,
+    );
+}
+
+#[test]
 fn a_destination_that_fails_ends_the_mirroring_and_every_write_goes_on() {
     shuttle::check_random(
         || {
