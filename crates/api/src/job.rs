@@ -217,7 +217,7 @@ pub struct MigrationStatus {
     pub elapsed_ms: u64,
     /// The method in use, once one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub method: Option<MethodUsed>,
+    pub method: Option<Box<MethodUsed>>,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Observation>,

@@ -167,11 +167,11 @@ impl Job {
     /// Says which method is in use from now on.
     pub(super) fn uses(&self, method: Method, why: MethodReason) {
         self.control.update(|status| {
-            status.method = Some(MethodUsed {
+            status.method = Some(Box::new(MethodUsed {
                 method,
                 why,
                 mirrored_bytes: 0,
-            });
+            }));
         });
     }
 }

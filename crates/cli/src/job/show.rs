@@ -92,13 +92,13 @@ fn with_speed(job: &Job, speed: Option<u64>) -> String {
 }
 
 fn mirrors(job: &Job) -> bool {
-    let used = job.status.method.as_ref();
+    let used = job.status.method.as_deref();
     used.is_some_and(|used| used.method == Method::Mirror)
 }
 
 /// Which method is or was in use and why, in one line.
 pub(crate) fn method(job: &Job) -> Option<String> {
-    let used = job.status.method.as_ref()?;
+    let used = job.status.method.as_deref()?;
     let mut text = format!("{}: {}", used.method.name(), used.why);
     if used.mirrored_bytes > 0 {
         text += &format!("; {} mirrored", bytes(used.mirrored_bytes));
@@ -209,24 +209,24 @@ mod tests {
     fn the_method_in_use_and_its_reason_are_told() {
         let mut job = job(Phase::Copying, vec![pass(2, 40 << 20, 10 << 20)]);
         assert_eq!(method(&job), None);
-        job.status.method = Some(MethodUsed {
+        job.status.method = Some(Box::new(MethodUsed {
             method: Method::Mirror,
             why: MethodReason::WritesTooFast {
                 write_rate: 300 << 20,
                 copy_rate: 400 << 20,
             },
             mirrored_bytes: 0,
-        });
+        }));
         assert!(line(&job).starts_with("mirroring, pass 2, "));
         assert_eq!(
             method(&job).unwrap(),
             "mirror: the guest dirties 300 MiB/s, 400 MiB/s are copied"
         );
-        job.status.method = Some(MethodUsed {
+        job.status.method = Some(Box::new(MethodUsed {
             method: Method::Mirror,
             why: MethodReason::Asked,
             mirrored_bytes: 5 << 20,
-        });
+        }));
         assert_eq!(method(&job).unwrap(), "mirror: as asked; 5.00 MiB mirrored");
     }
 
