@@ -12,8 +12,8 @@ use strake_api::job::MethodReason;
 use super::pace::rate;
 
 /// The share of the copy's speed at which the guest dirties blocks, in percent, from which on
-/// mirroring is better: passes would take half as long again as the first.
-const TOO_FAST_PERCENT: u64 = 33;
+/// mirroring is better: all passes together would take a third more than the first.
+const TOO_FAST_PERCENT: u64 = 25;
 
 /// How much of the first pass must be done before it is judged, in percent, and how long it must
 /// have lasted. What is dirtied until then is copied twice.
@@ -63,12 +63,12 @@ mod tests {
         // Too early to tell.
         assert_eq!(judge.look(at(199), 100 * MIB, 90 * MIB), None);
         assert_eq!(judge.look(at(300), 49 * MIB, 49 * MIB), None);
-        // A third is not too much; a bit more is.
-        assert_eq!(judge.look(at(1000), 100 * MIB, 33 * MIB), None);
+        // A quarter is not too much; a bit more is.
+        assert_eq!(judge.look(at(1000), 100 * MIB, 25 * MIB), None);
         assert_eq!(
-            judge.look(at(1000), 100 * MIB, 34 * MIB),
+            judge.look(at(1000), 100 * MIB, 26 * MIB),
             Some(MethodReason::WritesTooFast {
-                write_rate: 34 * MIB,
+                write_rate: 26 * MIB,
                 copy_rate: 100 * MIB,
             })
         );
