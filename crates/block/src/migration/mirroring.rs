@@ -10,7 +10,7 @@
 //! job fails; a destination that hung is waited for and the mirroring begun again.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use strake_api::job::{Method, MethodReason, MethodUsed};
 use strake_observe::Result;
@@ -23,8 +23,11 @@ use super::switch::{Attempts, Switch};
 use crate::live::Mirror;
 use crate::{LiveDisk, MirrorStalled};
 
-/// How often a destination may hang.
+/// How often in a row a destination may hang.
 const STALLS: u32 = 5;
+
+/// A mirroring that lasted so long has come on: a device that hangs after it begins a new row.
+const LASTED: Duration = Duration::from_secs(10);
 
 /// Passes for what the first one of a mirroring leaves: changes that were on their way when it
 /// began. What is left after so many has time in the pause.
@@ -81,7 +84,9 @@ impl Job {
         let (disk, control) = (Arc::clone(&self.disk), Arc::clone(&self.control));
         let mut attempts = Attempts::default();
         let mut arrived = 0u64;
-        for _ in 0..STALLS {
+        let mut stalls = 0;
+        while stalls < STALLS {
+            let began = Instant::now();
             let mirror = Mirror::new(
                 Arc::clone(&self.bitmap),
                 Arc::clone(&self.destination),
@@ -89,6 +94,7 @@ impl Job {
             );
             let scope = Scope::begin(&disk, &control, &mirror)?;
             let end = self.mirrored(&mirror, &mut attempts);
+            let lasted = began.elapsed();
             drop(scope);
             arrived = arrived.saturating_add(mirror.arrived());
             control.update(|status| {
@@ -102,6 +108,7 @@ impl Job {
                     if let Some(seen) = mirror.failure() {
                         return Err(seen.into());
                     }
+                    stalls = if lasted > LASTED { 1 } else { stalls + 1 };
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Moving a live disk to another image while the guest uses it: method `dirty`.
+//! Moving a live disk to another image while the guest uses it.
 //!
 //! # Which copy is authoritative
 //!
@@ -29,6 +29,8 @@
 //! lasts too long (`pause.rs`). Others touch it only through [`Control`]: `cancel` and `decide` set
 //! a word under its lock and wake both.
 //!
+//! * `passes`, `mirroring`: the methods; `choice`: when the first gives way to the second; `switch`:
+//!   the switch-over of both.
 //! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
 //!   which the guest waits; `control`: what the threads share; `journal`: the file.
 
@@ -82,7 +84,7 @@ pub trait SwitchHooks: Send + Sync {
     fn ended(&self, status: &MigrationStatus);
 }
 
-/// A migration with method `dirty`.
+/// A migration.
 #[derive(Debug)]
 pub struct Migration {
     control: Arc<Control>,
