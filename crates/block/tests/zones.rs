@@ -351,6 +351,20 @@ proptest! {
     }
 
     #[test]
+    fn a_range_is_marked_if_each_of_its_blocks_is(marks in prop::collection::vec((0..70u64, 1..70u64), 0..4), at in 0..70 * BLOCK_BYTES, len in 1..70 * BLOCK_BYTES) {
+        // The last block is not a whole one.
+        let size = 70 * BLOCK_BYTES - 512;
+        let bitmap = DirtyBitmap::new(size);
+        for (first, blocks) in marks {
+            bitmap.mark(first * BLOCK_BYTES, blocks * BLOCK_BYTES);
+        }
+        let at = at.min(size - 512);
+        let len = len.min(size - at);
+        let each = (at / BLOCK_BYTES..=(at + len - 1) / BLOCK_BYTES).all(|block| bitmap.is_marked(block));
+        prop_assert_eq!(bitmap.all_marked(at, len), each);
+    }
+
+    #[test]
     fn who_waits_is_woken_when_the_way_is_free(ranges in prop::collection::vec((0..20u64, 1..8u64), 2..12), order in any::<u64>()) {
         let zones = Zones::new(Arc::new(DirtyBitmap::new(BLOCK_BYTES)));
         let mut held: Vec<(Ticket, Arc<Bell>, bool)> = Vec::new();
