@@ -294,10 +294,11 @@ impl LiveDisk {
         }
     }
 
-    /// A queue is gone: what it had on its way to a destination ends with the mirroring.
+    /// A queue is gone: what it still has on its way to a destination ends with the mirroring.
     pub(super) fn keep_half(&self, queue: &QueueShared) {
         let mirror = lock(&self.mirror);
-        if let (Some(mirror), Some(half)) = (&*mirror, lock(&queue.half).take()) {
+        let half = lock(&queue.half).take().filter(Half::is_busy);
+        if let (Some(mirror), Some(half)) = (&*mirror, half) {
             mirror.keep(half);
         }
     }

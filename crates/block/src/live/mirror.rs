@@ -213,6 +213,11 @@ impl Half {
         });
     }
 
+    /// Whether anything is on its way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.queue.in_flight() > 0
+    }
+
     /// Whether something is on its way for longer than `limit`.
     pub(super) fn hangs(&self, limit: Duration) -> bool {
         let since = self.flying.iter().flatten().map(|flying| flying.since);
