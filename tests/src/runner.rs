@@ -24,7 +24,7 @@ use crate::process::signal_pid;
 use crate::{host, place};
 
 /// How long one test may take. The longest takes a quarter of it in the lab on an idle machine.
-const LIMIT: Duration = Duration::from_secs(600);
+const LIMIT: Duration = Duration::from_secs(900);
 
 /// How long the kernel may take to end what a test left behind.
 const ENDS_WITHIN: Duration = Duration::from_secs(10);

@@ -311,7 +311,8 @@ impl Vm {
     /// # Errors
     /// If it does not end.
     pub fn shut_down(&self, host: &Host) -> Outcome {
-        host.strake(&["stop", &self.name, "--timeout", "60"])?
+        host.in_background(&["stop", &self.name, "--timeout", "180"])?
+            .wait(Duration::from_secs(240))?
             .good()
             .map_err(|failure| self.with_logs(host, &failure))?;
         check!(

@@ -1,6 +1,8 @@
 //! Which blocks were written since they were last copied.
 //!
-//! One bit per 16 KiB: 8 MiB per TiB of disk. Two sides use it at the same time, without a lock:
+//! One bit per 16 KiB: 8 MiB per TiB of disk. A job has four at most (what was written, what the
+//! last pass copied, and in a later pass what it leaves and what it copies), so 32 MiB per TiB. Two
+//! sides use one at the same time, without a lock:
 //!
 //! * whoever *completes* a change marks its blocks, after the change has reached the image and
 //!   before anyone is told;
@@ -16,14 +18,19 @@
 //! afterwards and the block will be copied again. Either way nothing is lost; at worst a block is
 //! copied once more than needed. `tests/models.rs` checks this under random interleavings.
 
+use strake_observe::Result;
+
+use crate::NoBitmap;
 use crate::sync::{AtomicU64, Ordering};
 
-/// Bytes per bit. It keeps the bitmap of a TiB at 8 MiB. Random writes of 4 KiB make four times
+/// Bytes per bit. It keeps one bitmap of a TiB at 8 MiB. Random writes of 4 KiB make four times
 /// less to copy than with 64 KiB, while still smaller blocks would save nothing: below this size a
 /// device is busy with the request and not with its data.
 pub const BLOCK_BYTES: u64 = 16 * 1024;
 
 const WORD_BITS: u64 = 64;
+
+const WORD_BYTES: u64 = WORD_BITS / 8;
 
 /// See the module.
 #[derive(Debug)]
@@ -42,16 +49,27 @@ fn index(word: u64) -> usize {
 
 impl DirtyBitmap {
     /// A bitmap for `size` bytes, nothing marked.
-    #[must_use]
-    pub fn new(size: u64) -> Self {
+    ///
+    /// # Errors
+    /// When there is no memory for it: it grows with the disk, whose size somebody else chose.
+    pub fn new(size: u64) -> Result<Self> {
         let blocks = size.div_ceil(BLOCK_BYTES);
-        let words = blocks.div_ceil(WORD_BITS);
-        Self {
+        let count = blocks.div_ceil(WORD_BITS);
+        let mut words = Vec::new();
+        usize::try_from(count)
+            .ok()
+            .and_then(|count| words.try_reserve_exact(count).ok())
+            .ok_or(NoBitmap {
+                bytes: count.saturating_mul(WORD_BYTES),
+                size,
+            })?;
+        words.extend((0..count).map(|_| AtomicU64::new(0)));
+        Ok(Self {
             size,
             blocks,
-            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            words,
             marked: AtomicU64::new(0),
-        }
+        })
     }
 
     /// How many blocks it has.
@@ -149,5 +167,16 @@ impl DirtyBitmap {
     #[must_use]
     pub fn marked_bytes(&self) -> u64 {
         self.marked().saturating_mul(BLOCK_BYTES).min(self.size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bitmap_that_finds_no_memory_is_an_observation() {
+        let seen = DirtyBitmap::new(u64::MAX).unwrap_err();
+        assert!(seen.is::<NoBitmap>(), "{seen}");
     }
 }

@@ -128,6 +128,30 @@ strake_observe::catalog! {
     text "{path} has {size} bytes, the disk needs {needed}";
     remedy "make the destination at least {needed} bytes large";
 
+    /// The disk is too large to be migrated.
+    DiskTooLarge("block.disk-too-large") {
+        /// The disk's name.
+        disk: String,
+        /// The path of its image.
+        path: String,
+        /// Its size in bytes.
+        size: u64,
+        /// The most that can be migrated, in bytes.
+        most: u64,
+    }
+    text "{path}, the image of disk '{disk}', has {size} bytes; a disk of at most {most} can be migrated";
+    remedy "stop the VM, shrink the image to what its guest uses and no more than {most} bytes, and start the VM again";
+
+    /// There is no memory to follow what the guest writes.
+    NoBitmap("block.no-bitmap") {
+        /// How many bytes it needs.
+        bytes: u64,
+        /// How large the disk is.
+        size: u64,
+    }
+    text "there is no memory for a bitmap of {bytes} bytes, which a disk of {size} bytes needs to be migrated";
+    remedy "free memory of the host, raise the monitor's limit of memory if it has one, then start the migration again; a job needs four of these bitmaps";
+
     /// The destination's file was removed.
     DestinationRemoved("block.destination-removed") {
         /// The path of the destination.

@@ -8,6 +8,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
 use strake_observe::{Because, OsContext, Result};
@@ -21,6 +22,16 @@ pub(crate) const MAX_DEPTH: u32 = 1024;
 
 /// The most vectors in one transfer (the kernel's UIO_MAXIOV).
 pub(crate) const MAX_VECTORS: usize = 1024;
+
+/// How long whoever waits for the last completions stands back from a kernel that can start
+/// nothing just now.
+const SHORT_OF_MEMORY: Duration = Duration::from_millis(1);
+
+/// Whether the kernel only cannot do it now: it is out of memory for requests, or completions are
+/// to be reaped first. The ring is as good as before.
+fn passes(error: &std::io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
+}
 
 /// One operation for the kernel, with the memory that it needs: `bounce` is what `buffers` point
 /// into, if they are not the guest's.
@@ -193,9 +204,8 @@ impl Ring {
                     }
                 }
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
-                    // Out of memory for requests, or completions to be reaped first: try again
-                    // at the next push, and make sure that there is one.
+                Err(error) if passes(&error) => {
+                    // Try again at the next push, and make sure that there is one.
                     self.event.signal();
                     return Ok(());
                 }
@@ -236,6 +246,10 @@ impl Ring {
             match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) if passes(&error) => {
+                    // There is nothing to wait in: what is in flight ends all the same.
+                    std::thread::sleep(SHORT_OF_MEMORY);
+                }
                 Err(_) => {
                     // The ring is beyond use: rather lose the memory than let it be reused.
                     #[allow(clippy::mem_forget)]
@@ -252,5 +266,21 @@ impl Drop for Ring {
     fn drop(&mut self) {
         // The kernel may write into our memory and the guest's until the last completion.
         while self.wait_ended().is_some() {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_without_memory_for_the_moment_is_not_a_broken_one() {
+        let passes = |errno| passes(&std::io::Error::from_raw_os_error(errno));
+        assert!(passes(libc::EAGAIN) && passes(libc::EBUSY));
+        assert!(
+            ![libc::EBADF, libc::EINVAL, libc::ENXIO, libc::EFAULT]
+                .map(passes)
+                .contains(&true)
+        );
     }
 }

@@ -10,18 +10,21 @@
 
 mod common;
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Guest, Habit, Job, Random, create, dir, two, verify};
 use strake_api::job::{Method, MigrationLimits, MigrationStatus, Phase, Suspend};
+use strake_api::spec::MAX_DISK;
 use strake_block::{
-    AlreadyMigrating, Blocking, CancelTooLate, CommitRefused, DestinationRemoved,
-    DestinationTooSmall, Fault, FaultImage, FaultOn, Image, LiveDisk, MigrationFailed,
-    NotConverging, Operation, PauseTooLong, ReadFailed, ReadOnlyDisk, WriteFailed,
+    Access, AlreadyMigrating, Blocking, CancelTooLate, CommitRefused, DestinationRemoved,
+    DestinationTooSmall, DiskTooLarge, Event, Fault, FaultImage, FaultOn, Image, ImageQueue,
+    LiveDisk, MigrationFailed, NotConverging, Operation, PauseTooLong, ReadFailed, ReadOnlyDisk,
+    WriteFailed,
 };
-use strake_observe::Kind;
+use strake_observe::{Kind, Result};
 
 const SIZE: u64 = 16 << 20;
 
@@ -376,6 +379,66 @@ fn a_destination_that_cannot_take_the_disk_is_refused_before_anything_happens() 
         .unwrap();
     assert!(seen.find(ReadOnlyDisk::ID).is_some(), "{seen}");
     bench.the_next_attempt_works();
+}
+
+/// An image with the size that somebody claims.
+#[derive(Debug)]
+struct Claimed(Arc<dyn Image>, u64);
+
+impl Image for Claimed {
+    fn path(&self) -> &str {
+        self.0.path()
+    }
+
+    fn size(&self) -> u64 {
+        self.1
+    }
+
+    fn access(&self) -> Access {
+        self.0.access()
+    }
+
+    fn open_queue(&self, depth: u32, event: &Arc<Event>) -> Result<Box<dyn ImageQueue>> {
+        self.0.open_queue(depth, event)
+    }
+
+    fn read_at(&self, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.0.read_at(offset, data)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.0.flush()
+    }
+
+    fn allocated(&self, from: u64) -> Result<Option<Range<u64>>> {
+        self.0.allocated(from)
+    }
+
+    fn is_removed(&self) -> Result<bool> {
+        self.0.is_removed()
+    }
+}
+
+#[test]
+fn a_disk_too_large_to_be_followed_is_refused_and_the_monitor_lives() {
+    let dir = dir();
+    let (a, b) = two(&dir);
+    let sizes = [MAX_DISK + 512, i64::MAX.cast_unsigned() / 512 * 512];
+    for size in sizes {
+        let disk = LiveDisk::new("root", Arc::new(Claimed(create(&a, SIZE), size)));
+        let to: Arc<dyn Image> = Arc::new(Claimed(create(&b, SIZE), size));
+        let seen = Job::start(&disk, &to, MigrationLimits::default())
+            .err()
+            .unwrap();
+        let leaf = seen.find(DiskTooLarge::ID).unwrap();
+        assert_eq!(leaf.datum("size").unwrap(), size);
+        assert_eq!(leaf.datum("most").unwrap(), MAX_DISK);
+        // Refused is not migrating.
+        let seen = Job::start(&disk, &to, MigrationLimits::default())
+            .err()
+            .unwrap();
+        assert!(seen.find(DiskTooLarge::ID).is_some(), "{seen}");
+    }
 }
 
 #[test]

@@ -298,6 +298,32 @@ fn a_cancellation_lets_the_guest_go_though_the_destination_hangs() {
 }
 
 #[test]
+fn without_a_daemon_a_mirrored_guest_goes_on_and_with_one_its_disk_moves() {
+    let bench = Bench::new();
+    let guest = bench.guest(Habit {
+        per_second: Some(2000),
+        ..Habit::SMALL
+    });
+    let (hooks, asked) = common::Hooks::new();
+    hooks.no_daemon.store(true, Ordering::Relaxed);
+    let to = Arc::clone(&bench.destination) as Arc<dyn Image>;
+    let journal = tempfile::tempfile().unwrap();
+    let with = (Arc::clone(&hooks), asked);
+    let job = Job::start_with(&bench.disk, &to, mirror(), with, journal).unwrap();
+    std::thread::sleep(Duration::from_millis(1500));
+    let status = job.migration.status();
+    assert_eq!(status.phase, Phase::Copying, "{status:?}");
+    let before = guest.writes.load(Ordering::Relaxed);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(guest.writes.load(Ordering::Relaxed) > before);
+    assert!(job.asked.try_recv().is_err());
+    hooks.no_daemon.store(false, Ordering::Relaxed);
+    let status = job.finish(true);
+    assert_eq!(status.phase, Phase::Completed, "{status:?}");
+    verify(bench.destination.as_ref(), &guest.stop());
+}
+
+#[test]
 fn queues_come_and_go_while_the_disk_is_mirrored() {
     let bench = Bench::new();
     // The last MiB is for the queues that come and go.

@@ -29,6 +29,8 @@ use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shuttle::sync::{Arc, Condvar, Mutex, RwLock};
 use shuttle::thread;
+// What the files above find in their crate.
+use strake_block::NoBitmap;
 use zones::{Ticket, Turn, Wake, Zone, Zones};
 
 const BLOCKS: usize = 3;
@@ -130,7 +132,7 @@ impl Model {
     fn migrate(&self) {
         let from = self.on.load(Ordering::SeqCst) as usize;
         let to = 1 - from;
-        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES));
+        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
         *self.tracker.write().unwrap() = Some(Arc::clone(&bitmap));
         // The first pass: everything, clearing before reading.
         for block in 0..BLOCKS {
@@ -199,7 +201,7 @@ fn tracking_switched_on_in_the_middle_of_writes_misses_none() {
                 let model = Arc::clone(&model);
                 thread::spawn(move || model.write(0, 7))
             };
-            let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES));
+            let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
             *model.tracker.write().unwrap() = Some(Arc::clone(&bitmap));
             let copied = model.images[0].read(0);
             writer.join().unwrap();
@@ -216,7 +218,7 @@ fn tracking_switched_on_in_the_middle_of_writes_misses_none() {
 fn marks_and_clears_of_one_word_do_not_disturb_each_other() {
     shuttle::check_random(
         || {
-            let bitmap = Arc::new(DirtyBitmap::new(64 * BLOCK_BYTES));
+            let bitmap = Arc::new(DirtyBitmap::new(64 * BLOCK_BYTES).unwrap());
             bitmap.mark(0, 8 * BLOCK_BYTES);
             let marker = {
                 let bitmap = Arc::clone(&bitmap);
@@ -352,7 +354,7 @@ struct Mirrored {
 
 impl Mirrored {
     fn new() -> Arc<Self> {
-        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES));
+        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
         Arc::new(Self {
             gate: Gate::new(),
             source: Cells::new(),
@@ -680,7 +682,7 @@ fn a_destination_that_fails_ends_the_mirroring_and_every_write_goes_on() {
 fn turns_are_in_the_order_of_asking_and_none_is_lost() {
     shuttle::check_random(
         || {
-            let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES));
+            let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
             let zones = Arc::new(Zones::new(bitmap));
             let holder: Arc<[AtomicU64; 4]> = Arc::new(std::array::from_fn(|_| AtomicU64::new(0)));
             let threads: Vec<_> = (1..=3u64)

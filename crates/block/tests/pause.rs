@@ -266,6 +266,92 @@ fn a_cancellation_ends_the_pause_though_the_destination_hangs() {
     bench.verify(true);
 }
 
+/// A job that could switch over at once, on a device so slow that what the guest writes meanwhile
+/// is soon too much for a good pause.
+fn without_a_daemon(bench: &Bench) -> Job {
+    bench
+        .destination
+        .add(Fault::delaying(FaultOn::Write, Duration::from_millis(20)));
+    let (hooks, asked) = Hooks::new();
+    hooks.no_daemon.store(true, Ordering::Relaxed);
+    let limits = MigrationLimits {
+        max_passes: 1,
+        ..limits(10_000)
+    };
+    let job = bench.job(limits, (hooks, asked));
+    until("a pass after the first", Duration::from_secs(20), || {
+        job.migration.status().passes.len() > 1
+    });
+    // Time for far more passes than are allowed.
+    let before = bench.guest.writes.load(Ordering::Relaxed);
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(bench.guest.writes.load(Ordering::Relaxed) > before);
+    let status = job.migration.status();
+    assert_eq!(status.phase, Phase::Copying, "{status:?}");
+    assert!(status.passes.len() <= 2, "{status:?}");
+    assert_eq!(status.pause_ms, None, "{status:?}");
+    assert!(!job.migration.awaits_decision());
+    assert_eq!(job.hooks.suspended.load(Ordering::Relaxed), 0);
+    assert!(job.asked.try_recv().is_err());
+    job
+}
+
+#[test]
+fn without_a_daemon_the_guest_never_waits_and_with_one_its_disk_moves() {
+    let bench = Bench::new();
+    let job = without_a_daemon(&bench);
+    let hooks = Arc::clone(&job.hooks);
+    hooks.no_daemon.store(false, Ordering::Relaxed);
+    let status = job.finish(true);
+    assert_eq!(status.phase, Phase::Completed, "{status:?}");
+    assert_eq!(
+        hooks.suspended.load(Ordering::Relaxed),
+        hooks.resumed.load(Ordering::Relaxed)
+    );
+    let worst = Duration::from_micros(bench.guest.worst_us.load(Ordering::Relaxed));
+    assert!(worst < BOUNDED, "a request of the guest took {worst:?}");
+    bench.verify(false);
+}
+
+#[test]
+fn a_daemon_that_goes_in_the_pause_is_not_asked() {
+    let bench = Bench::new();
+    let (hooks, asked) = Hooks::new();
+    let away = Arc::downgrade(&hooks);
+    let mut first = true;
+    *hooks.at_suspend.lock().unwrap() = Some(Box::new(move || {
+        if std::mem::take(&mut first) {
+            let hooks = away.upgrade().unwrap();
+            hooks.no_daemon.store(true, Ordering::Relaxed);
+        }
+    }));
+    let job = bench.job(limits(10_000), (Arc::clone(&hooks), asked));
+    until("resumed", Duration::from_secs(20), || {
+        hooks.resumed.load(Ordering::Relaxed) == 1
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(hooks.suspended.load(Ordering::Relaxed), 1);
+    assert!(!job.migration.awaits_decision());
+    assert!(job.asked.try_recv().is_err());
+    hooks.no_daemon.store(false, Ordering::Relaxed);
+    let status = job.finish(true);
+    assert_eq!(status.phase, Phase::Completed, "{status:?}");
+    bench.verify(false);
+}
+
+#[test]
+fn a_job_that_waits_for_a_daemon_can_be_cancelled() {
+    let bench = Bench::new();
+    let job = without_a_daemon(&bench);
+    let began = Instant::now();
+    job.migration.cancel().unwrap();
+    let status = job.migration.join();
+    assert_eq!(status.phase, Phase::Cancelled, "{status:?}");
+    assert!(began.elapsed() < BOUNDED, "{:?}", began.elapsed());
+    assert_eq!(job.hooks.suspended.load(Ordering::Relaxed), 0);
+    assert!(job.asked.try_recv().is_err());
+}
+
 #[test]
 fn a_job_that_was_refused_awaits_nothing_when_its_guest_goes_on() {
     let bench = Bench::new();
@@ -315,6 +401,26 @@ fn a_journal_that_fails_inside_the_pause_fails_the_job_before_the_question() {
         assert_eq!(status.phase, Phase::Copying);
         assert!(!awaits);
     }
+}
+
+/// Nor does whoever starts a job wait for its journal's store.
+#[test]
+fn a_journal_that_cannot_be_begun_fails_the_job_with_nothing_copied() {
+    let bench = Bench::new();
+    let journal = memory_file();
+    rustix::fs::fcntl_add_seals(&journal, rustix::fs::SealFlags::WRITE).unwrap();
+    let to = Arc::clone(&bench.destination) as Arc<dyn Image>;
+    let job = Job::start_with(&bench.disk, &to, limits(10_000), Hooks::new(), journal).unwrap();
+    let status = job.migration.join();
+    assert_eq!(status.phase, Phase::Failed, "{status:?}");
+    assert!(status.passes.is_empty(), "{status:?}");
+    let failure = status.failure.unwrap();
+    assert!(failure.find(JournalUnwritable::ID).is_some(), "{failure}");
+    assert_eq!(bench.destination.allocated(0).unwrap(), None);
+    // The next attempt works.
+    let status = bench.job(limits(10_000), Hooks::new()).finish(true);
+    assert_eq!(status.phase, Phase::Completed, "{status:?}");
+    bench.verify(false);
 }
 
 fn memory_file() -> File {

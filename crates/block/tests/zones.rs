@@ -26,6 +26,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use bitmap::{BLOCK_BYTES, DirtyBitmap};
 use proptest::prelude::*;
+// What the files above find in their crate.
+use strake_block::NoBitmap;
 use zones::{Ticket, Turn, Wake, Zone, Zones};
 
 /// Cells of a block.
@@ -112,7 +114,7 @@ struct Disk {
 
 impl Disk {
     fn new() -> Self {
-        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES));
+        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
         bitmap.mark(0, BLOCKS as u64 * BLOCK_BYTES);
         Self {
             source: std::array::from_fn(|cell| cell as u64 + 1),
@@ -201,7 +203,7 @@ impl Disk {
 
     /// One cell at one side, turn about; or the end.
     fn advance(&mut self, write: &mut Write) {
-        let there_first = write.value % 2 == 0;
+        let there_first = write.value.is_multiple_of(2);
         let there = write.there.filter(|_| there_first || write.here.is_none());
         if let Some(cell) = there {
             self.destination[cell] = write.value;
@@ -354,7 +356,7 @@ proptest! {
     fn a_range_is_marked_if_each_of_its_blocks_is(marks in prop::collection::vec((0..70u64, 1..70u64), 0..4), at in 0..70 * BLOCK_BYTES, len in 1..70 * BLOCK_BYTES) {
         // The last block is not a whole one.
         let size = 70 * BLOCK_BYTES - 512;
-        let bitmap = DirtyBitmap::new(size);
+        let bitmap = DirtyBitmap::new(size).unwrap();
         for (first, blocks) in marks {
             bitmap.mark(first * BLOCK_BYTES, blocks * BLOCK_BYTES);
         }
@@ -366,7 +368,7 @@ proptest! {
 
     #[test]
     fn who_waits_is_woken_when_the_way_is_free(ranges in prop::collection::vec((0..20u64, 1..8u64), 2..12), order in any::<u64>()) {
-        let zones = Zones::new(Arc::new(DirtyBitmap::new(BLOCK_BYTES)));
+        let zones = Zones::new(Arc::new(DirtyBitmap::new(BLOCK_BYTES).unwrap()));
         let mut held: Vec<(Ticket, Arc<Bell>, bool)> = Vec::new();
         for (start, len) in ranges {
             let bell = Arc::new(Bell::default());

@@ -2,8 +2,9 @@
 //!
 //! A migration runs in its own thread (`strake_block::Migration`) and calls [`Hooks`] from there.
 //! Its question for the commit goes through the mailbox to the daemon; the answer comes back
-//! through the control thread. While no daemon answers, the disk's gate stays closed: both images
-//! are equal then, and only the daemon's transaction says which one counts.
+//! through the control thread. While no daemon is there the question waits, and the guest does not.
+//! A daemon that goes after it was asked leaves the disk's gate closed: both images are equal then,
+//! and only the daemon's transaction says which one counts.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -80,6 +81,10 @@ impl SwitchHooks for Hooks {
         if let Some(machine) = self.machine.upgrade() {
             machine.release();
         }
+    }
+
+    fn can_ask(&self) -> bool {
+        self.mailbox.is_heard()
     }
 
     fn await_commit(&self, job: &JobId) {

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -25,6 +26,8 @@ pub struct Mailbox {
     wake: OwnedFd,
     /// For a last word while the process ends.
     connection: Mutex<Option<Arc<Connection>>>,
+    /// Whether the daemon at the other end has said hello.
+    heard: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -47,6 +50,7 @@ impl Mailbox {
             wake: eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
                 .os("eventfd", "the mailbox")?,
             connection: Mutex::default(),
+            heard: AtomicBool::new(false),
         }))
     }
 
@@ -162,12 +166,24 @@ impl Mailbox {
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
     }
 
-    /// Where a last word goes.
+    /// Where a last word goes. Who is there has still to say hello.
     pub(crate) fn set_connection(&self, connection: Option<Arc<Connection>>) {
+        self.heard.store(false, Ordering::Release);
         *self
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = connection;
+    }
+
+    /// The daemon that is there has said hello: it is told all that is posted.
+    pub(crate) fn set_heard(&self) {
+        self.heard.store(true, Ordering::Release);
+    }
+
+    /// Whether there is a daemon, of a version that is understood, which hears what is posted now.
+    #[must_use]
+    pub fn is_heard(&self) -> bool {
+        self.heard.load(Ordering::Acquire)
     }
 
     /// Says something at once, from whatever thread, because the process is about to end. It is

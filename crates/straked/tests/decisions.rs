@@ -209,3 +209,39 @@ fn a_question_is_answered_while_another_migration_begins() {
     let file = std::fs::File::open(world.path("fast/a.raw")).unwrap();
     file.read_exact_at(&mut bytes, 0).unwrap();
 }
+
+#[test]
+fn a_stop_by_force_does_not_wait_for_a_migration_to_begin() {
+    let world = World::new();
+    let mut body = world.vm_body("web1", "job=hold accept-late");
+    let disk =
+        |name: &str| json!({ "name": name, "image": format!("slow:{name}.raw"), "size": DISK });
+    body["spec"]["disk"] = json!([disk("a"), disk("b"), disk("c")]);
+    let _: Vm = world.ok("POST", "/v1/vms", &body);
+    world.start("web1");
+    let migrate = |disk: &str| format!("/v1/vms/web1/disks/{disk}/migrate");
+    let to = serde_json::to_vec(&json!({ "to": "fast" })).unwrap();
+    std::thread::scope(|scope| {
+        let begun = ["a", "b", "c"].map(|disk| {
+            let (path, to) = (migrate(disk), to.clone());
+            let world = &world;
+            let begin = scope.spawn(move || world.raw("POST", &path, to));
+            assert!(
+                soon(|| (world.path(&format!("fast/{disk}.raw")).exists()).then_some(())).is_some()
+            );
+            begin
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(!begun[2].is_finished());
+        let began = Instant::now();
+        assert_eq!(world.stop_by_force("web1").state, VmState::Stopped);
+        assert!(began.elapsed() < Duration::from_secs(15));
+    });
+    let jobs = || world.ok::<Vec<Job>>("GET", "/v1/jobs", &Value::Null);
+    let ended = soon(|| {
+        let ended = jobs().iter().all(|job| job.status.phase.is_final());
+        ended.then_some(())
+    });
+    assert!(ended.is_some(), "{:?}", jobs());
+    assert!(world.files("fast").is_empty(), "{:?}", world.files("fast"));
+}

@@ -456,3 +456,22 @@ impl Drop for Unmount {
             .status();
     }
 }
+
+#[test]
+fn the_names_of_a_jobs_files_are_nobodys_image() {
+    let world = World::new();
+    for name in [".x.raw.strake-new", ".x.raw.strake-journal"] {
+        let path = world.path("fast").join(name);
+        std::fs::write(&path, vec![0; 8192]).unwrap();
+        let link = world.path("link.raw");
+        let _ = std::fs::remove_file(&link);
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        for image in [&path, &link] {
+            let mut body = world.vm_body("web1", "");
+            body["spec"]["disk"][0] = json!({ "name": "root", "image": image });
+            let (status, seen) = world.refused("POST", "/v1/vms", &body);
+            assert_eq!(status, 422, "{seen}");
+            assert!(seen.find("host.image-refused").is_some(), "{seen}");
+        }
+    }
+}

@@ -265,3 +265,43 @@ fn a_connection_that_is_lost_is_made_again() {
     }
     assert_eq!(world.tell("web1", "hello"), "did hello\n");
 }
+
+/// A file of a store that takes long to go: locked, and waited for.
+fn locked(path: &std::path::Path) -> std::fs::File {
+    let file = std::fs::File::create(path).unwrap();
+    rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    file
+}
+
+#[test]
+fn neither_daemon_nor_guest_waits_for_files_to_go() {
+    let mut world = World::new();
+    world.create("");
+    let before = world.start("web1").pid.unwrap();
+    world.kill_daemon();
+    world.start_daemon_that_dies(Some("after-job-reserved"));
+    world.dying(
+        "POST",
+        common::MIGRATE,
+        &serde_json::json!({ "to": "fast" }),
+    );
+    let _one = locked(&world.path("fast/.web1-root.raw.strake-new"));
+    let _other = locked(&world.path("fast/.web1-root.raw.strake-journal"));
+    world.start_daemon();
+    let job = || {
+        let mut jobs: Vec<strake_api::rest::Job> = world.ok("GET", "/v1/jobs", &Value::Null);
+        jobs.pop().unwrap()
+    };
+    assert!(!job().status.phase.is_final());
+    assert_eq!(world.vm("web1").state, VmState::Running);
+    world.tell("web1", "reset");
+    let again = soon(|| world.vm("web1").pid.filter(|pid| *pid != before));
+    assert!(again.is_some(), "{}", world.log());
+    assert!(!job().status.phase.is_final());
+    assert_eq!(world.wait_for("web1", VmState::Running).pid, again);
+    let ended = soon(|| job().status.phase.is_final().then_some(()));
+    assert!(ended.is_some(), "{:?}", job());
+    let job = world.wait_for_job(&job());
+    assert_eq!(job.status.phase, strake_api::job::Phase::Failed);
+    assert_eq!(world.vm("web1").pid, again);
+}

@@ -184,7 +184,8 @@ fn boots_debian(name: &str) -> Outcome {
     ));
     vm.create(&host)?;
     vm.start(&mut host)?;
-    vm.wait_for_console(&host, "debian: ready", Duration::from_secs(300))?;
+    // A minute of an idle processor's time; on a busy machine the emulator has had an eighth of one.
+    vm.wait_for_console(&host, "debian: ready", Duration::from_secs(700))?;
     let guest = vm.guest();
     let seen = guest.sh(
         "cat /proc/1/comm; uname -r; findmnt -no SOURCE,FSTYPE /",

@@ -411,6 +411,10 @@ impl SwitchHooks for Commit {
 
     fn resume_vm(&self) {}
 
+    fn can_ask(&self) -> bool {
+        true
+    }
+
     fn await_commit(&self, _: &JobId) {
         let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = asked.send(());

@@ -103,7 +103,7 @@ fn a_broken_queue_marks_what_it_lost_and_leaves_the_gate_last() {
     let image = BrokenImage::default();
     let witness = Arc::clone(&image.witness);
     let disk = LiveDisk::new("root", Arc::new(image));
-    let bitmap = Arc::new(DirtyBitmap::new(disk.size()));
+    let bitmap = Arc::new(DirtyBitmap::new(disk.size()).unwrap());
     witness.disk.set(Arc::downgrade(&disk)).unwrap();
     witness.bitmap.set(Arc::clone(&bitmap)).unwrap();
     disk.begin_tracking(Arc::clone(&bitmap));

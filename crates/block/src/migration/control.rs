@@ -130,6 +130,19 @@ impl Control {
         lock(&self.state).cancelled
     }
 
+    /// Waits until the job is cancelled, for `limit` at most.
+    pub(crate) fn rest(&self, limit: Duration) {
+        let end = Instant::now() + limit;
+        let mut state = lock(&self.state);
+        while !state.cancelled {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.wait_at_most(state, left);
+        }
+    }
+
     /// Asks for the right to ask the daemon.
     pub(crate) fn ask(&self) -> Ask {
         let mut state = lock(&self.state);

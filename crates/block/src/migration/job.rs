@@ -12,6 +12,7 @@
 //!                             │  flush the destination, open its queues, journal
 //!                             │
 //!                             ├─ passes, and still shrinking: one more pass, one more flush
+//!                             ├─ no daemon to be asked: passes, or mirroring, until there is one
 //!                             ▼
 //!               Suspended: gate closed, last blocks, flush ── too late ─► open, back  (`switch.rs`)
 //!                             ▼
@@ -63,6 +64,9 @@ pub(crate) struct Job {
     guard: Guard,
     /// Whether the switch-over is prepared.
     ready: bool,
+    /// How many of the passes do not count towards the limit: all until a daemon was last waited
+    /// for.
+    pub(super) uncounted: u32,
     /// How long the last flush of the destination took.
     pub(super) flush: Duration,
 }
@@ -143,10 +147,11 @@ impl Job {
             limits,
             hooks,
             control,
-            bitmap: Arc::new(DirtyBitmap::new(size)),
-            recent: DirtyBitmap::new(size),
+            bitmap: Arc::new(DirtyBitmap::new(size)?),
+            recent: DirtyBitmap::new(size)?,
             copier,
             ready: false,
+            uncounted: 0,
             flush: Duration::ZERO,
         })
     }
@@ -205,6 +210,7 @@ impl Job {
     }
 
     fn migrate(&mut self) -> Result<(), End> {
+        self.journal.begin()?;
         self.still_there()?;
         // Only what reads as zeroes everywhere may keep holes where the source has them.
         let fresh = match self.destination.allocated(0)? {
@@ -388,6 +394,11 @@ impl Job {
 
     pub(super) fn passes(&self) -> u32 {
         u32::try_from(self.control.status().passes.len()).unwrap_or(u32::MAX)
+    }
+
+    /// Those that the limit is about.
+    pub(super) fn counted_passes(&self) -> u32 {
+        self.passes().saturating_sub(self.uncounted)
     }
 }
 

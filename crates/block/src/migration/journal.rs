@@ -68,17 +68,20 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
-    /// Begins a journal in an empty file.
-    pub(crate) fn begin(file: File, record: Record) -> Result<Self> {
-        let mut journal = Self {
+    /// A journal for an empty file, which is not touched yet.
+    pub(crate) fn new(file: File, record: Record) -> Self {
+        Self {
             file,
             record,
             sequence: 0,
-        };
+        }
+    }
+
+    /// Writes what it begins with. Waits for the destination's store, as all that follows.
+    pub(crate) fn begin(&mut self) -> Result<()> {
         // Both slots exist from the start, so that no later write has to find space.
-        journal.write(Durable::Later)?;
-        journal.write(Durable::Now)?;
-        Ok(journal)
+        self.write(Durable::Later)?;
+        self.write(Durable::Now)
     }
 
     /// The job has reached `phase`.
@@ -260,7 +263,9 @@ mod tests {
     #[test]
     fn the_newest_whole_record_counts() {
         let mut file = tempfile::tempfile().unwrap();
-        let mut journal = Journal::begin(file.try_clone().unwrap(), record()).unwrap();
+        let mut journal = Journal::new(file.try_clone().unwrap(), record());
+        assert!(read(&mut file).unwrap_err().is::<JournalDamaged>());
+        journal.begin().unwrap();
         assert_eq!(read(&mut file).unwrap(), record());
         for phase in [Phase::Copying, Phase::Suspended, Phase::Completed] {
             journal.reach(phase, Durable::Now).unwrap();
@@ -290,7 +295,8 @@ mod tests {
     fn names_that_do_not_fit_are_refused() {
         let mut long = record();
         long.source = "/x".repeat(20_000);
-        let seen = Journal::begin(tempfile::tempfile().unwrap(), long).unwrap_err();
+        let mut journal = Journal::new(tempfile::tempfile().unwrap(), long);
+        let seen = journal.begin().unwrap_err();
         assert!(seen.is::<JournalUnwritable>(), "{seen}");
     }
 

@@ -19,7 +19,7 @@ use super::control::Control;
 use super::copier::{Room, Stop};
 use super::job::{End, How, Job};
 use super::plan::MirrorPass;
-use super::switch::{Attempts, Switch};
+use super::switch::{Attempts, LOOK_FOR_DAEMON, Switch};
 use crate::live::Mirror;
 use crate::{LiveDisk, MirrorStalled};
 
@@ -131,7 +131,7 @@ impl Job {
             let dirty = self.bitmap.marked_bytes();
             let much = self.expected_pause(dirty) > self.allowed();
             if dirty > 0 && (much || sweeps < SWEEPS) {
-                if much && self.passes() >= self.limits.max_passes {
+                if much && self.counted_passes() >= self.limits.max_passes {
                     return Err(self.not_converging(dirty).into());
                 }
                 sweeps += 1;
@@ -152,6 +152,14 @@ impl Job {
             match self.switch(Some(mirror))? {
                 Switch::Done => return Ok(Mirrored::Switched),
                 Switch::TooLate(late) => attempts.missed(self, &late)?,
+                // The guest goes on meanwhile, on both sides: nothing is to be caught up later.
+                Switch::NoDaemon => {
+                    while mirror.is_on() && !self.hooks.can_ask() {
+                        self.control.rest(LOOK_FOR_DAEMON);
+                        self.go_on()?;
+                    }
+                    self.uncounted = self.passes();
+                }
             }
         }
     }

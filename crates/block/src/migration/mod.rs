@@ -51,14 +51,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::spec::MAX_DISK;
 use strake_observe::{Because, OsContext, Result};
 
 use self::control::Control;
 use self::job::Job;
 use self::journal::{Journal, Record};
 use crate::{
-    Access, AlreadyMigrating, CancelTooLate, DestinationTooSmall, Event, Image, LiveDisk,
-    MigrationFailed, ReadOnlyDisk,
+    Access, AlreadyMigrating, CancelTooLate, DestinationTooSmall, DiskTooLarge, Event, Image,
+    LiveDisk, MigrationFailed, ReadOnlyDisk,
 };
 
 /// What a migration asks of the machine and of the daemon. Called in the migration's own threads,
@@ -75,6 +76,10 @@ pub trait SwitchHooks: Send + Sync {
 
     /// Lets the vCPUs run again, after a `suspend_vm` that succeeded, however the switch ended.
     fn resume_vm(&self);
+
+    /// Whether a daemon is there to be asked. Without one a pause neither begins nor comes to the
+    /// question, from which on only the answer ends it. Says what is so now, and does not wait for anything.
+    fn can_ask(&self) -> bool;
 
     /// All is at the destination; asks the daemon whether it commits. Returns at once; the answer
     /// comes by [`Migration::decide`] (which may be called from in here).
@@ -95,8 +100,9 @@ impl Migration {
     /// beside the destination.
     ///
     /// # Errors
-    /// When the destination cannot take the disk, the disk is already being migrated, or the
-    /// journal cannot be written. Nothing was changed then.
+    /// When the destination cannot take the disk, or the disk is already being migrated. Nothing
+    /// was changed then. All that waits for a store, the journal's first record too, is done in the
+    /// job's thread, and ends the job if it fails.
     pub fn start(
         disk: Arc<LiveDisk>,
         destination: Arc<dyn Image>,
@@ -142,7 +148,7 @@ impl Migration {
             size_bytes: disk.size(),
             phase: Phase::Preparing,
         };
-        let journal = Journal::begin(journal, record).because_of(failed)?;
+        let journal = Journal::new(journal, record);
         let status = MigrationStatus {
             job: job.clone(),
             disk: disk.name().to_owned(),
@@ -231,6 +237,16 @@ impl Migration {
 }
 
 fn fits(disk: &LiveDisk, destination: &dyn Image) -> Result<()> {
+    // Larger ones exist: images that were there before us, sparse ones. Bitmaps are not sparse.
+    if disk.size() > MAX_DISK {
+        return Err(DiskTooLarge {
+            disk: disk.name().to_owned(),
+            path: disk.image().path().to_owned(),
+            size: disk.size(),
+            most: MAX_DISK,
+        }
+        .into());
+    }
     if destination.size() < disk.size() {
         return Err(DestinationTooSmall {
             path: destination.path().to_owned(),

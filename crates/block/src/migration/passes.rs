@@ -11,7 +11,7 @@ use super::copier::{Room, Stop};
 use super::job::{End, How, Job};
 use super::pace::rate;
 use super::plan::{DirtyPass, FirstPass, Fresh, allocated_bytes};
-use super::switch::{Attempts, Switch};
+use super::switch::{Attempts, LOOK_FOR_DAEMON, Switch};
 use crate::{DirtyBitmap, NotConverging};
 
 /// A pause that is not worth another pass: below it what remains is the latency of the last few
@@ -78,7 +78,7 @@ impl Job {
                 within = self.expected_pause(dirty) <= self.allowed();
             }
             let shrunk = dirty < before.saturating_mul(SHRUNK_PERCENT) / 100;
-            let last = self.passes() >= self.limits.max_passes;
+            let last = self.counted_passes() >= self.limits.max_passes;
             let good = self.expected_pause(dirty) <= GOOD_PAUSE + self.flush;
             // Longer than a good pause only if the guest gave way and that did not help.
             if within && (good || last || (!shrunk && room == Room::Pressing)) {
@@ -87,6 +87,12 @@ impl Job {
                     Switch::TooLate(late) => {
                         attempts.missed(self, &late)?;
                         before = u64::MAX;
+                    }
+                    Switch::NoDaemon => {
+                        self.await_daemon()?;
+                        // What is left now says nothing about how the passes did.
+                        (before, stalled) = (u64::MAX, 0);
+                        continue;
                     }
                 }
             } else {
@@ -115,12 +121,37 @@ impl Job {
         }
     }
 
+    /// Waits until a daemon can be asked, while the guest goes on, and keeps what is left small.
+    ///
+    /// That may take hours, so the copier stays beside the guest, copies only when a good pause
+    /// would not do, and tells of its newest pass only. None of these passes is a sign that the
+    /// guest writes too fast, so the limit counts anew afterwards.
+    fn await_daemon(&mut self) -> Result<(), End> {
+        let mut told = false;
+        while !self.hooks.can_ask() {
+            self.control.rest(LOOK_FOR_DAEMON);
+            self.go_on()?;
+            let expected = self.expected_pause(self.bitmap.marked_bytes());
+            if expected <= GOOD_PAUSE + self.flush {
+                continue;
+            }
+            if std::mem::replace(&mut told, true) {
+                self.control.update(|status| {
+                    status.passes.pop();
+                });
+            }
+            self.dirty_pass(Room::BesideGuest)?;
+        }
+        self.uncounted = self.passes();
+        Ok(())
+    }
+
     /// Copies what was marked since, but for the blocks that the guest rewrites all the time:
     /// they are left for the last pass as long as they are few.
     fn dirty_pass(&mut self, room: Room) -> Result<(), End> {
         let bitmap = Arc::clone(&self.bitmap);
         let size = self.disk.size();
-        let hot = DirtyBitmap::new(size);
+        let hot = DirtyBitmap::new(size)?;
         let mut at = 0;
         while let Some(block) = bitmap.next_marked(at) {
             if self.recent.is_marked(block) {
@@ -134,7 +165,7 @@ impl Job {
         let leave = few.then_some(&hot);
         let left = if few { hot_bytes } else { 0 };
         let planned = bitmap.marked_bytes().saturating_sub(left);
-        let copied = DirtyBitmap::new(size);
+        let copied = DirtyBitmap::new(size)?;
         let mut plan = DirtyPass::new(&bitmap, size, leave, Some(&copied));
         self.pass(&mut plan, How::usual(planned, room))?;
         if few {

@@ -18,6 +18,9 @@ use crate::{CommitRefused, PauseTooLong};
 /// How often the switch is tried when the devices turn out too slow for the allowed pause.
 const SWITCH_ATTEMPTS: u32 = 5;
 
+/// How often a job that could switch over looks whether there is a daemon again.
+pub(super) const LOOK_FOR_DAEMON: Duration = Duration::from_millis(100);
+
 /// Why a switch did not happen, though it may the next time.
 pub(super) struct TooLate {
     took: Duration,
@@ -26,6 +29,8 @@ pub(super) struct TooLate {
 pub(super) enum Switch {
     Done,
     TooLate(TooLate),
+    /// Nobody is there to be asked. The guest does not wait for one.
+    NoDaemon,
 }
 
 /// How often the switch was tried.
@@ -56,6 +61,9 @@ impl Job {
     /// While the disk is mirrored that is why the last blocks go by its zones as well.
     pub(super) fn switch(&mut self, mirror: Option<&Arc<Mirror>>) -> Result<Switch, End> {
         self.still_there()?;
+        if !self.hooks.can_ask() {
+            return Ok(Switch::NoDaemon);
+        }
         let pause = Pause::begin(&self.opener, self.allowed())?;
         if !pause.drained() {
             return Ok(self.too_late(&pause));
@@ -86,6 +94,10 @@ impl Job {
         }
         self.copier.flush()?;
         self.still_there()?;
+        if !self.hooks.can_ask() {
+            // It went meanwhile. The pause ends with its scope, and this was one more pass.
+            return Ok(Switch::NoDaemon);
+        }
         // Before the question, after which nothing may fail. Need not be durable: the record
         // before it already says that the inventory knows.
         self.journal.reach(Phase::AwaitingCommit, Durable::Later)?;

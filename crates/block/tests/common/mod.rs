@@ -462,6 +462,8 @@ pub struct Hooks {
     pub resumed: AtomicU64,
     pub ended: Mutex<Vec<MigrationStatus>>,
     pub refuse_suspend: AtomicBool,
+    /// No daemon is there to be asked.
+    pub no_daemon: AtomicBool,
     pub at_suspend: Act,
     pub at_resume: Act,
 }
@@ -475,6 +477,7 @@ impl Hooks {
             resumed: AtomicU64::new(0),
             ended: Mutex::new(Vec::new()),
             refuse_suspend: AtomicBool::new(false),
+            no_daemon: AtomicBool::new(false),
             at_suspend: Mutex::default(),
             at_resume: Mutex::default(),
         };
@@ -499,6 +502,10 @@ impl SwitchHooks for Hooks {
     fn resume_vm(&self) {
         act(&self.at_resume);
         self.resumed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn can_ask(&self) -> bool {
+        !self.no_daemon.load(Ordering::Relaxed)
     }
 
     fn await_commit(&self, job: &JobId) {

@@ -12,11 +12,14 @@
 //! again.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use strake_api::control::{ExitReason, Reply, Request};
 use strake_api::job::{JobId, MigrationStatus, Phase};
-use strake_observe::{Because, Observation, Result};
+use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::live::{Cell, Monitor};
 use super::verdicts::Verdict;
@@ -35,6 +38,9 @@ use crate::storage::removal::{self, Claim};
 
 /// Pause between attempts to write a decision to an inventory that fails.
 const DECISION_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How long whoever settles jobs may take until it is its turn.
+const TURN_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Host {
     /// The monitor has everything at the destination and waits: decides and tells it. Asked again
@@ -77,33 +83,47 @@ impl Host {
     /// The answer that was given before, or else one that is given from now on; `None` while
     /// nobody can know.
     fn decide_once(&self, cell: &Cell, id: &JobId) -> Option<bool> {
-        let mut verdicts = self.verdicts.lock();
-        let job = match self.inventory.job(id) {
-            Ok(job) if job.vm == cell.name => Ok(job),
+        let known = match self.inventory.job(id) {
+            Ok(job) if job.vm == cell.name => self.verdicts.on(id),
             Ok(_) => return Some(false),
             Err(seen) if seen.is::<crate::observations::NoSuchJob>() => return Some(false),
-            Err(seen) => Err(seen),
+            Err(seen) => match self.verdicts.known(id) {
+                Some(known) => known,
+                None => {
+                    note(seen);
+                    return None;
+                }
+            },
         };
-        match verdicts.get(id) {
+        let mut verdict = guard(&known);
+        match *verdict {
             Some(Verdict::Committed) => return Some(true),
             Some(Verdict::Refused) => return Some(false),
             Some(Verdict::Unclear) | None => {}
         }
-        let job = match job {
+        // Read again: until the lock was had, the job may have been cleared up.
+        let job = match self.inventory.job(id) {
             Ok(job) => job,
+            Err(seen) if seen.is::<crate::observations::NoSuchJob>() => {
+                self.verdicts.forget(id);
+                return Some(false);
+            }
             Err(seen) => {
                 note(seen);
                 return None;
             }
         };
-        let verdict = match job.state {
+        let decided = match job.state {
             JobState::Committed => Verdict::Committed,
-            JobState::Ended => return Some(job.status.phase == Phase::Completed),
+            JobState::Ended => {
+                self.verdicts.forget(id);
+                return Some(job.status.phase == Phase::Completed);
+            }
             JobState::Preparing | JobState::Aborted => Verdict::Refused,
             JobState::Running => self.commit(cell, &job),
         };
-        verdicts.insert(id.clone(), verdict);
-        match verdict {
+        *verdict = Some(decided);
+        match decided {
             Verdict::Committed => Some(true),
             Verdict::Refused => Some(false),
             Verdict::Unclear => None,
@@ -150,8 +170,9 @@ impl Host {
 
     /// Makes sure that the job is never committed, so that its files may go; tells whether it is.
     fn refuse_for_ever(&self, job: &JobRecord) -> bool {
-        let mut verdicts = self.verdicts.lock();
-        let before = verdicts.get(&job.id).copied();
+        let known = self.verdicts.on(&job.id);
+        let mut verdict = guard(&known);
+        let before = *verdict;
         if before == Some(Verdict::Committed) {
             return false;
         }
@@ -159,13 +180,14 @@ impl Host {
             // It was committed meanwhile, or the inventory cannot be written. That nothing can be
             // recorded is no reason to keep the files, unless a commit may have got through.
             let state = self.inventory.job(&job.id).map(|job| job.state);
-            let committed = state.is_ok_and(|state| state == JobState::Committed);
-            if committed || before == Some(Verdict::Unclear) {
+            let decided =
+                state.is_ok_and(|state| matches!(state, JobState::Committed | JobState::Ended));
+            if decided || before == Some(Verdict::Unclear) {
                 note(seen);
                 return false;
             }
         }
-        verdicts.insert(job.id.clone(), Verdict::Refused);
+        *verdict = Some(Verdict::Refused);
         true
     }
 
@@ -267,10 +289,62 @@ impl Host {
     }
 
     /// The monitor is gone: every job of the VM ends as the inventory says.
-    pub(super) fn settle_jobs(&self, vm: &str, why: &ExitReason) {
-        let cell = self.existing_cell(vm);
-        let _jobs = cell.as_ref().map(|cell| guard(&cell.jobs));
-        self.settle_all(vm, why);
+    ///
+    /// That none of them is committed any more is made sure at once. Their files go in a thread of
+    /// its own, which is waited for only as long as `patience`: a store that hangs keeps neither
+    /// the daemon from coming up nor the VM from running on its healthy image. `before` is the
+    /// thread that followed the jobs of the monitor: what was said of them counts first.
+    pub(super) fn settle_jobs(
+        self: &Arc<Self>,
+        vm: &str,
+        why: &ExitReason,
+        before: Option<JoinHandle<()>>,
+        patience: Duration,
+    ) {
+        // Only these: by the time the thread has its turn, the VM may run and have others.
+        let active = match self.inventory.active_jobs(vm) {
+            Ok(active) => active,
+            Err(seen) => {
+                note(seen); // `check_jobs` comes back to them.
+                Vec::new()
+            }
+        };
+        for job in active.iter().filter(|job| job.state == JobState::Running) {
+            self.refuse_for_ever(job);
+        }
+        if active.is_empty() && before.is_none() {
+            return;
+        }
+        let (host, name, why) = (Arc::clone(self), vm.to_owned(), why.clone());
+        let (tell, told) = channel();
+        let work = move || {
+            if before.is_some_and(|before| before.join().is_err()) {
+                tracing::error!(vm = %name, "the thread for jobs has failed");
+            }
+            let cell = host.existing_cell(&name);
+            let _jobs = cell.as_ref().map(|cell| guard(&cell.jobs));
+            let _ = tell.send(());
+            for job in active {
+                match host.inventory.job(&job.id) {
+                    Ok(job) if job.state == JobState::Ended => {}
+                    Ok(job) => host.settle_without_monitor(&job, &why),
+                    Err(seen) => note(seen),
+                }
+            }
+        };
+        let spawned = std::thread::Builder::new()
+            .name(format!("settle-{vm}"))
+            .spawn(work)
+            .os("clone", "a thread that settles jobs");
+        match spawned {
+            Ok(_) => {
+                // That it has the lock, so that nobody settles them for another reason; then
+                // that it is done.
+                let _ = told.recv_timeout(TURN_PATIENCE);
+                let _ = told.recv_timeout(patience);
+            }
+            Err(seen) => note(seen), // `check_jobs` comes back to them.
+        }
     }
 
     /// The caller holds the VM's lock of jobs.
@@ -280,22 +354,26 @@ impl Host {
             Err(seen) => return note(seen),
         };
         for job in active {
-            let reason = match why {
-                ExitReason::GuestPowerOff => "the guest powered off",
-                ExitReason::GuestReset => "the guest was reset",
-                ExitReason::Stopped => "the VM was stopped",
-                ExitReason::Failed(_) => "the monitor died",
-            };
-            let seen = Observation::from(JobWithoutMonitor {
-                job: job.id.to_string(),
-                reason: reason.to_owned(),
-            });
-            let seen = match why {
-                ExitReason::Failed(death) => seen.because(death.clone()),
-                _ => seen,
-            };
-            self.settle(&job, seen);
+            self.settle_without_monitor(&job, why);
         }
+    }
+
+    fn settle_without_monitor(&self, job: &JobRecord, why: &ExitReason) {
+        let reason = match why {
+            ExitReason::GuestPowerOff => "the guest powered off",
+            ExitReason::GuestReset => "the guest was reset",
+            ExitReason::Stopped => "the VM was stopped",
+            ExitReason::Failed(_) => "the monitor died",
+        };
+        let seen = Observation::from(JobWithoutMonitor {
+            job: job.id.to_string(),
+            reason: reason.to_owned(),
+        });
+        let seen = match why {
+            ExitReason::Failed(death) => seen.because(death.clone()),
+            _ => seen,
+        };
+        self.settle(job, seen);
     }
 
     /// Ends a job that no monitor runs, by what the inventory says.
@@ -427,6 +505,12 @@ pub(super) fn unnamed_path(destination: &Path) -> PathBuf {
     beside(destination, "strake-new")
 }
 
+/// Whether only Strake gives such a name: to a job's files, which it removes whatever they are.
+pub(super) fn is_a_jobs(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+    name.starts_with(b".") && (name.ends_with(b".strake-journal") || name.ends_with(b".strake-new"))
+}
+
 fn beside(destination: &Path, what: &str) -> PathBuf {
     let name = destination
         .file_name()
@@ -441,7 +525,7 @@ fn remove_source(job: &JobRecord) -> Result<()> {
         Some(file) => image::remove(&job.source, Some(file), what),
         None => Err(NotRemoved {
             path: show(&job.source),
-            what: format!("{what}, begun by an older straked"),
+            what: format!("{what}, of which it was never recorded which file it is"),
         }
         .into()),
     }
@@ -484,4 +568,17 @@ fn remove_files(job: &JobRecord) -> Vec<Observation> {
     }
     left.extend(remove_journal(job).err());
     left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_names_of_a_jobs_files_are_known() {
+        let image = Path::new("/fast/root.raw");
+        assert!(is_a_jobs(&journal_path(image)) && is_a_jobs(&unnamed_path(image)));
+        assert!(!is_a_jobs(image) && !is_a_jobs(Path::new("/fast/.root.raw")));
+        assert!(!is_a_jobs(Path::new("/fast/root.strake-new")));
+    }
 }

@@ -13,6 +13,7 @@ use strake_api::spec::{
 };
 use strake_observe::{Because, Observation, OsContext, Result};
 
+use super::commit::is_a_jobs;
 use super::live::state_name;
 use super::{Host, guard, task};
 use crate::config::show;
@@ -91,10 +92,11 @@ impl Host {
             .map(|(index, (nic, slot))| nic_record(name, nic, index, slot))
             .collect::<Result<Vec<_>>>()?;
         let mut created = Vec::new();
-        for disk in placed.iter().filter(|disk| disk.missing) {
+        for disk in placed.iter_mut().filter(|disk| disk.missing) {
             let path = &disk.record.image;
             let made = image::create(path, disk.record.size)?;
             created.push(Created::new(path, &made.identity));
+            disk.record.file = Some(made.identity);
         }
         let disks: Vec<DiskRecord> = placed.into_iter().map(|disk| disk.record).collect();
         self.inventory.add_vm(name, spec, &disks, &nics)?;
@@ -172,6 +174,13 @@ impl Host {
                 &path,
                 "its path is not UTF-8",
                 "rename it or its directory",
+            ));
+        }
+        if is_a_jobs(&path) {
+            return Err(refused(
+                &path,
+                "such names are kept for the files of migrations, which are removed with them",
+                "give the image another name",
             ));
         }
         let directory = path.parent();

@@ -22,7 +22,7 @@ use strake_api::rest::{StopVm, Vm, VmState};
 use strake_observe::{Because, Observation, Result, Task};
 
 use super::launch::Launch;
-use super::live::{Cell, Monitor, state_name};
+use super::live::{Cell, Live, Monitor, state_name};
 use super::supervise::Recorded;
 use super::{Host, guard, note, now_ms, private, task};
 use crate::crash;
@@ -269,7 +269,9 @@ impl Host {
         }
         let living = record
             .process
-            .and_then(|(pid, started)| Process::find(pid, started));
+            .map(|(pid, started)| Process::find(pid, started))
+            .transpose()?
+            .flatten();
         match living {
             Some(process) => unreachable(process.pid()),
             None => Ok(()),
@@ -301,6 +303,12 @@ impl Host {
     /// The begin of a stop; `None` if there is no monitor to wait for.
     fn ask_to_stop(&self, cell: &Cell, how: &StopVm) -> Result<Option<Arc<Monitor>>> {
         let name = cell.name.as_str();
+        // By force, no operation is waited for: it may itself wait for a store that hangs.
+        if how.force
+            && let Some(monitor) = cell.change(stop_by_force)
+        {
+            return Ok(Some(monitor));
+        }
         let _operation = guard(&cell.operation);
         let monitor = cell.change(|live| {
             if live.state == VmState::Starting && live.monitor.is_none() {
@@ -308,11 +316,9 @@ impl Host {
                 live.state = VmState::Stopped;
                 return Ok(None);
             }
-            if let (true, Some(monitor)) = (how.force, &live.monitor) {
-                // Even one that cannot be reached.
-                let monitor = Arc::clone(monitor);
-                live.state = VmState::Stopping;
-                live.stop_asked = true;
+            if how.force
+                && let Some(monitor) = stop_by_force(live)
+            {
                 return Ok(Some(monitor));
             }
             let advice = match live.monitor {
@@ -388,6 +394,14 @@ impl Host {
         monitor.process.kill();
         cell.wait_for_end(monitor, FORCE_PATIENCE);
     }
+}
+
+/// The monitor that is to be ended, even if it cannot be reached.
+fn stop_by_force(live: &mut Live) -> Option<Arc<Monitor>> {
+    let monitor = Arc::clone(live.monitor.as_ref()?);
+    live.state = VmState::Stopping;
+    live.stop_asked = true;
+    Some(monitor)
 }
 
 fn press_button(monitor: &Monitor) -> Result<()> {

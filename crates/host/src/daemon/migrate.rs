@@ -126,7 +126,9 @@ impl Host {
             to: to.name,
             limits: request.limits.clone(),
             remove_source: request.remove_source,
-            source_file: bound.file.clone().or(found),
+            // Only as it was recorded when the monitor got it: what bears the name now may be
+            // another file, which nobody may remove.
+            source_file: bound.file.clone(),
         })
     }
 

@@ -2,18 +2,19 @@
 //!
 //! Threads: each request runs on a blocking thread of its own; each VM that runs has a supervisor
 //! thread (`supervise`), a thread that ends its jobs, and inside of its connection a reader thread;
-//! one thread keeps house (`housekeeping`).
+//! when its monitor has ended, one more clears up what is left of its jobs (`commit`); one thread
+//! keeps house (`housekeeping`).
 //!
 //! Locks, in the order in which they may be taken:
 //!
 //! 1. [`Cell::operation`]: one operation that changes a VM at a time (start, remove, the begin of
 //!    a stop or of a migration). Held while a monitor is being started, never while a guest is
-//!    being waited for.
+//!    being waited for. A stop by force does without it if there is a monitor.
 //! 2. [`Cell::jobs`]: the begin of a migration against the reconciliation of jobs with a monitor.
 //!    May be held for as long as a monitor takes to accept a job, so a supervisor never waits for
 //!    it while its VM runs: a guest may stand still until it answers.
 //! 3. `Host::placing`: one decision about who gets which image at a time.
-//! 4. `Host::verdicts`: one decision about a commit at a time.
+//! 4. `Host::verdicts`: one decision about the commit of one job at a time.
 //! 5. [`Cell::live`]: what the VM does now. A leaf: nothing is waited for while it is held.
 //!
 //! The inventory has its own lock inside, below all of these.

@@ -18,7 +18,7 @@ use strake_api::rest::VmState;
 use strake_observe::{Observation, Result};
 
 use super::live::{Cell, Monitor};
-use super::supervise::{Death, Recorded};
+use super::supervise::{Death, Recorded, SETTLE_PATIENCE};
 use super::{Host, guard, note, now_ms};
 use crate::inventory::{StoredState, VmRecord};
 use crate::monitor::connection::{Connection, Events, Greeting, Incoming, QUICK};
@@ -39,12 +39,13 @@ const FAREWELL_PATIENCE: Duration = Duration::from_secs(1);
 
 impl Host {
     /// Settles every VM and every job; what cannot be settled is observed and shown with the VM.
+    /// Files are removed by threads of their own: guests wait for the daemon to come up.
     pub(super) fn recover(self: &Arc<Self>) -> Result<()> {
         for record in self.inventory.vms()? {
             let cell = self.cell(&record.name)?;
             match record.state {
                 StoredState::Stopped | StoredState::Failed if record.process.is_none() => {
-                    self.settle_jobs(&record.name, &ExitReason::Stopped);
+                    self.settle_jobs(&record.name, &ExitReason::Stopped, None, Duration::ZERO);
                 }
                 StoredState::Stopped | StoredState::Failed | StoredState::Restarting => {
                     self.finish_end(&cell, record);
@@ -55,7 +56,7 @@ impl Host {
         // Jobs whose VM is gone altogether: there is nothing that they could belong to.
         for job in self.inventory.unfinished_jobs()? {
             if self.inventory.vm(&job.vm).is_err() {
-                self.settle_jobs(&job.vm, &ExitReason::Stopped);
+                self.settle_jobs(&job.vm, &ExitReason::Stopped, None, Duration::ZERO);
             }
         }
         Ok(())
@@ -117,7 +118,7 @@ impl Host {
                 recorded = Recorded::No;
             }
         }
-        self.reconcile_jobs(cell, &monitor);
+        // The supervisor compares the jobs: their files may take long to go.
         watch.adopt(cell, monitor, Some(events), recorded, |live| {
             live.state = state;
         });
@@ -125,7 +126,7 @@ impl Host {
     }
 
     fn ended_meanwhile(self: &Arc<Self>, cell: &Arc<Cell>, why: &ExitReason) {
-        if self.vm_has_ended(cell, why) == VmState::Starting {
+        if self.vm_has_ended(cell, why, None, Duration::ZERO) == VmState::Starting {
             let (host, cell) = (Arc::clone(self), Arc::clone(cell));
             // Not here: the daemon is not yet up, and a start may take long.
             std::thread::spawn(move || host.start_after_reset(&cell));
@@ -147,14 +148,26 @@ impl Host {
             }
             let before = record
                 .process
-                .and_then(|(pid, started)| Process::find(pid, started));
-            if let Some(process) = before {
-                host.let_go(&record.name, &process);
+                .map(|(pid, started)| Process::find(pid, started))
+                .transpose();
+            match before.map(Option::flatten) {
+                Ok(Some(process)) => host.let_go(&record.name, &process),
+                Ok(None) => {}
+                Err(seen) => {
+                    // It may live: nothing is settled, and the next start looks again.
+                    note(seen.clone());
+                    cell.change(|live| {
+                        live.state = VmState::Failed;
+                        live.trouble = Some(seen);
+                    });
+                    return;
+                }
             }
             let restarts = record.state == StoredState::Restarting;
             cell.change(|live| live.stop_asked = !restarts);
             let why = record.last_exit.unwrap_or(ExitReason::Stopped);
-            let restarts = host.vm_has_ended(&cell, &why) == VmState::Starting;
+            let shown = host.vm_has_ended(&cell, &why, None, SETTLE_PATIENCE);
+            let restarts = shown == VmState::Starting;
             drop(operation);
             if restarts {
                 host.start_after_reset(&cell);
@@ -239,7 +252,9 @@ impl Host {
         let name = record.name.as_str();
         let living = record
             .process
-            .and_then(|(pid, started)| Process::find(pid, started))
+            .map(|(pid, started)| Process::find(pid, started))
+            .transpose()?
+            .flatten()
             .filter(|process| !process.wait(END_PATIENCE));
         if let Some(process) = living {
             let unreachable = Observation::from(MonitorUnreachable {
@@ -265,7 +280,7 @@ impl Host {
             .because(seen),
         };
         note(why.clone());
-        self.vm_has_ended(cell, &ExitReason::Failed(why));
+        self.vm_has_ended(cell, &ExitReason::Failed(why), None, Duration::ZERO);
         Ok(())
     }
 }

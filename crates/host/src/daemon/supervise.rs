@@ -65,6 +65,9 @@ const FLOOD_WINDOW: Duration = Duration::from_secs(10);
 /// Pause between attempts to record that a guest runs.
 const RECORD_INTERVAL: Duration = Duration::from_secs(2);
 
+/// How long the end of a VM waits for its jobs to be cleared up; they may take longer.
+pub(super) const SETTLE_PATIENCE: Duration = Duration::from_secs(1);
+
 /// News of jobs that may wait. Those beyond are not lost: see [`Host::check_jobs`].
 const NEWS_BACKLOG: usize = 64;
 
@@ -185,9 +188,8 @@ impl Watch {
 impl Supervisor {
     fn run(&mut self, events: Option<Events>) {
         tracing::info!(vm = %self.cell.name, pid = self.monitor.process.pid(), "monitor runs");
-        if self.recorded == Recorded::Yes {
-            self.tell_jobs(JobNews::Reconcile(Arc::clone(&self.monitor)));
-        }
+        // Nothing comes of it if the monitor cannot be reached yet; once it is, it is told again.
+        self.tell_jobs(JobNews::Reconcile(Arc::clone(&self.monitor)));
         let Some(mut events) = events.or_else(|| self.after_loss()) else {
             return;
         };
@@ -417,10 +419,8 @@ impl Supervisor {
             ..
         } = self;
         drop(news);
-        if jobs.join().is_err() {
-            tracing::error!(vm = %cell.name, "the thread for jobs has failed");
-        }
-        if host.vm_has_ended(&cell, &why) == VmState::Starting {
+        let shown = host.vm_has_ended(&cell, &why, Some(jobs), SETTLE_PATIENCE);
+        if shown == VmState::Starting {
             crash::point("before-restart");
             let least = u64::try_from(RESET_INTERVAL.as_millis()).unwrap_or(0);
             if ran_ms < least {
@@ -452,11 +452,18 @@ impl Supervisor {
 
 impl Host {
     /// The VM's monitor is gone: settles and records. What the VM does now is `Starting` if its
-    /// guest asked for a reset; then the caller starts it again.
-    pub(super) fn vm_has_ended(&self, cell: &Cell, why: &ExitReason) -> VmState {
+    /// guest asked for a reset; then the caller starts it again. For `jobs` and `patience`, see
+    /// [`Host::settle_jobs`].
+    pub(super) fn vm_has_ended(
+        self: &Arc<Self>,
+        cell: &Cell,
+        why: &ExitReason,
+        jobs: Option<JoinHandle<()>>,
+        patience: Duration,
+    ) -> VmState {
         let name = cell.name.as_str();
         let stop_asked = cell.live().stop_asked;
-        self.settle_jobs(name, why);
+        self.settle_jobs(name, why, jobs, patience);
         if let Err(seen) = remove_file(&self.config.control_socket(name)) {
             note(seen);
         }

@@ -6,12 +6,13 @@
 //! A refusal is too, unless the inventory cannot be written; then it is remembered here, and made
 //! lasting by removing the destination, without which no later daemon commits.
 //!
-//! The lock is held while one decision is made, so that of a commit and of the clearing up of a job
-//! that came to nothing exactly one happens. It comes after [`Cell::jobs`](super::live::Cell::jobs)
-//! and before the inventory's own.
+//! Each job has a lock of its own, held while it is decided about, so that of its commit and of its
+//! clearing up exactly one happens. A decision looks at the destination, whose store may hang: no
+//! other job's guest may stand still for that. The lock comes after
+//! [`Cell::jobs`](super::live::Cell::jobs) and before the inventory's own.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use strake_api::job::JobId;
 
@@ -29,17 +30,51 @@ pub(super) enum Verdict {
     Unclear,
 }
 
+/// The verdict on one job, once there is one.
+pub(super) type Verdicted = Mutex<Option<Verdict>>;
+
 /// The verdicts on jobs that have not ended.
 #[derive(Debug, Default)]
-pub(super) struct Verdicts(Mutex<BTreeMap<JobId, Verdict>>);
+pub(super) struct Verdicts(Mutex<BTreeMap<JobId, Arc<Verdicted>>>);
 
 impl Verdicts {
-    pub(super) fn lock(&self) -> MutexGuard<'_, BTreeMap<JobId, Verdict>> {
-        guard(&self.0)
+    /// The verdict on a job that exists.
+    pub(super) fn on(&self, job: &JobId) -> Arc<Verdicted> {
+        Arc::clone(guard(&self.0).entry(job.clone()).or_default())
+    }
+
+    /// The verdict on a job that may not exist: a monitor can name any.
+    pub(super) fn known(&self, job: &JobId) -> Option<Arc<Verdicted>> {
+        guard(&self.0).get(job).cloned()
     }
 
     /// The inventory has recorded the end: it answers from now on.
     pub(super) fn forget(&self, job: &JobId) {
-        self.lock().remove(job);
+        guard(&self.0).remove(job);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jobs_are_decided_independently_and_remembered() {
+        let verdicts = Verdicts::default();
+        let (a, b) = (JobId("job-1".into()), JobId("job-2".into()));
+        let of_a = verdicts.on(&a);
+        let mut deciding = guard(&of_a);
+        // Neither the verdict on another job nor a look at what is known waits for it.
+        *guard(&verdicts.on(&b)) = Some(Verdict::Committed);
+        assert_eq!(
+            *guard(&verdicts.known(&b).unwrap()),
+            Some(Verdict::Committed)
+        );
+        assert!(verdicts.on(&a).try_lock().is_err());
+        *deciding = Some(Verdict::Refused);
+        drop(deciding);
+        assert_eq!(*guard(&verdicts.on(&a)), Some(Verdict::Refused));
+        verdicts.forget(&a);
+        assert!(verdicts.known(&a).is_none());
     }
 }

@@ -13,7 +13,7 @@
 
 use std::path::PathBuf;
 
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase};
 use strake_observe::{Observation, Result};
 
@@ -165,7 +165,8 @@ impl Inventory {
     /// Takes the destination's name and the disk for a new job.
     ///
     /// # Errors
-    /// [`DiskBusy`] or [`DestinationExists`].
+    /// [`DiskBusy`] or [`DestinationExists`]; [`InventoryCorrupt`] if the disk is not bound to the
+    /// source.
     pub fn reserve_job(&self, new: &NewJob) -> Result<JobRecord> {
         let limits = to_json("a job's limits", &new.limits)?;
         let source_file = new
@@ -201,6 +202,21 @@ impl Inventory {
                 return Err(Observation::from(DestinationExists {
                     path: destination.to_owned(),
                     user,
+                })
+                .into());
+            }
+            // It was looked at outside of this transaction.
+            let bound = tx
+                .query_row(
+                    "SELECT 1 FROM disks WHERE vm = ?1 AND name = ?2 AND image = ?3",
+                    params![new.vm, new.disk, text(&new.source)?],
+                    |_| Ok(()),
+                )
+                .optional()?;
+            if bound.is_none() {
+                return Err(Observation::from(InventoryCorrupt {
+                    record: format!("disk '{}' of VM '{}'", new.disk, new.vm),
+                    reason: format!("it is not bound to {}", new.source.display()),
                 })
                 .into());
             }

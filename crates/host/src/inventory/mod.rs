@@ -87,11 +87,31 @@ impl Inventory {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner);
             connection
-                .execute_batch(
-                    "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;",
-                )
-                .and_then(|()| connection.busy_timeout(std::time::Duration::from_secs(5)))
+                .busy_timeout(std::time::Duration::from_secs(5))
+                .and_then(|()| {
+                    connection.execute_batch(
+                        "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; PRAGMA foreign_keys=ON;",
+                    )
+                })
                 .map_err(|error| failed(&self.path, "set it up", &error, true))?;
+            // The daemon before may have met a failed fsync when it committed, answered nobody, and
+            // ended. Its transaction is then in the log as far as the page cache goes, where it
+            // reads as committed; after a loss of power it may not be there. So before anything is
+            // read, and anybody is told, everything in the log is written to the database itself
+            // and synced: what is read from here on is durable. Whoever keeps that from being done
+            // keeps the daemon from coming up.
+            let busy: i64 = connection
+                .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))
+                .map_err(|error| failed(&self.path, "make it durable", &error, true))?;
+            if busy != 0 {
+                return Err(InventoryFailed {
+                    path: self.path.clone(),
+                    doing: "make it durable".to_owned(),
+                    reason: "another process reads or writes it".to_owned(),
+                    undone: true,
+                }
+                .into());
+            }
         }
         self.write("bring its schema up to date", |tx| {
             schema::migrate(tx, &self.path)

@@ -249,13 +249,21 @@ fn an_aborted_job_never_commits() {
 fn a_commit_whose_disk_moved_meanwhile_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let inventory = with_vm(&dir.path().join("i"));
-    let job = inventory
-        .reserve_job(&NewJob {
-            source: "/elsewhere.raw".into(),
-            ..new_job()
+    let elsewhere = NewJob {
+        source: "/elsewhere.raw".into(),
+        ..new_job()
+    };
+    let seen = inventory.reserve_job(&elsewhere).unwrap_err();
+    assert_eq!(seen.id(), "host.inventory-corrupt");
+    assert!(inventory.jobs().unwrap().is_empty());
+    let job = inventory.reserve_job(&new_job()).unwrap();
+    inventory.job_running(&job.id, &files()).unwrap();
+    inventory
+        .write("move a disk", |tx| {
+            tx.execute("UPDATE disks SET image = '/elsewhere.raw'", [])?;
+            Ok(())
         })
         .unwrap();
-    inventory.job_running(&job.id, &files()).unwrap();
     assert!(inventory.commit_job(&job.id).is_err());
     assert_eq!(inventory.job(&job.id).unwrap().state, JobState::Running);
 }
@@ -288,4 +296,56 @@ fn destinations_in_use_are_refused_and_names_are_not_reused() {
     for odd in ["", "job-", "job-x", "job--1", "x"] {
         assert!(inventory.job(&JobId(odd.into())).is_err());
     }
+}
+
+#[test]
+fn what_is_read_is_in_the_database_and_not_only_in_its_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("i");
+    let inventory = with_vm(&path);
+    let job = inventory.reserve_job(&new_job()).unwrap();
+    inventory.job_running(&job.id, &files()).unwrap();
+    inventory.commit_job(&job.id).unwrap();
+    // What a daemon leaves that is killed: the log stays as it is.
+    let killed = dir.path().join("k");
+    std::fs::copy(&path, &killed).unwrap();
+    std::fs::copy(dir.path().join("i-wal"), dir.path().join("k-wal")).unwrap();
+    drop(inventory);
+    let next = Inventory::open(&killed).unwrap();
+    let alone = dir.path().join("alone");
+    std::fs::copy(&killed, &alone).unwrap();
+    drop(next);
+    let alone = Inventory::open(&alone).unwrap();
+    assert_eq!(alone.job(&job.id).unwrap().state, JobState::Committed);
+    let disk = &alone.vm("web1").unwrap().disks[0];
+    assert_eq!(disk.image, PathBuf::from("/fast/root.raw"));
+}
+
+#[test]
+fn an_inventory_that_cannot_be_made_durable_is_not_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("i");
+    let inventory = with_vm(&path);
+    let reader = rusqlite::Connection::open(&path).unwrap();
+    reader
+        .execute_batch("BEGIN; SELECT count(*) FROM vms;")
+        .unwrap();
+    inventory.vm_running("web1", (7, 8), 9).unwrap();
+    let seen = Inventory::open(&path).unwrap_err();
+    assert_eq!(seen.id(), "host.inventory-failed");
+    drop(reader);
+    Inventory::open(&path).unwrap();
+}
+
+#[test]
+fn the_identity_of_a_new_image_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = Inventory::open(&dir.path().join("i")).unwrap();
+    let made = DiskRecord {
+        file: Some(file(1)),
+        ..disk("/x/root.raw", None)
+    };
+    let disks = [made];
+    inventory.add_vm("web1", &spec(), &disks, &[]).unwrap();
+    assert_eq!(inventory.vm("web1").unwrap().disks, disks);
 }

@@ -90,7 +90,7 @@ pub struct DiskRecord {
     pub read_only: bool,
     /// Whether Strake created the image.
     pub created: bool,
-    /// Which file the image was when a monitor last got it.
+    /// Which file the image was when it was created or, later, when a monitor last got it.
     pub file: Option<FileIdentity>,
 }
 
@@ -158,7 +158,8 @@ impl Inventory {
             for (position, disk) in disks.iter().enumerate() {
                 tx.execute(
                     "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
-                         read_only, created) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+                         read_only, created, file)
+                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
                     params![
                         name,
                         disk.name,
@@ -169,6 +170,10 @@ impl Inventory {
                         to_sql(disk.size),
                         disk.read_only,
                         disk.created,
+                        disk.file
+                            .as_ref()
+                            .map(|file| to_json(&disk.name, file))
+                            .transpose()?,
                     ],
                 )?;
             }

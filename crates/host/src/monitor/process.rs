@@ -10,8 +10,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use strake_observe::{OsContext, Result};
+use strake_observe::{Observation, OsCallFailed, Result};
 
 /// How long the end of a child of ours may take to be told after its process is gone.
 const REAP_PATIENCE: Duration = Duration::from_secs(2);
@@ -30,26 +31,38 @@ pub(crate) struct Process {
 impl Process {
     /// Holds the process `pid` that is alive now.
     pub(crate) fn hold(pid: u32, child: Option<Child>) -> Result<Self> {
-        let object = format!("process {pid}");
+        Self::try_hold(pid, child).map_err(|failed| failed.seen(pid))
+    }
+
+    /// Holds the process if it is still the one that started at `started`; `None` only if that one
+    /// is certainly gone.
+    ///
+    /// # Errors
+    /// It cannot be told: then it may well live, and what it has is not free.
+    pub(crate) fn find(pid: u32, started: u64) -> Result<Option<Self>> {
+        match Self::try_hold(pid, None) {
+            Ok(process) => {
+                let same = process.started == started && !process.wait(Duration::ZERO);
+                Ok(same.then_some(process))
+            }
+            Err(failed) if failed.gone() => Ok(None),
+            Err(failed) => Err(failed.seen(pid)),
+        }
+    }
+
+    fn try_hold(pid: u32, child: Option<Child>) -> std::result::Result<Self, NotHeld> {
         let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        let raw = raw
-            .ok_or(rustix::io::Errno::SRCH)
-            .os("pidfd_open", &object)?;
-        let pidfd = pidfd_open(raw, PidfdFlags::empty()).os("pidfd_open", &object)?;
-        let started = start_time(pid).os("read", format!("/proc/{pid}/stat"))?;
+        let pidfd = raw
+            .ok_or(Errno::SRCH)
+            .and_then(|raw| pidfd_open(raw, PidfdFlags::empty()))
+            .map_err(NotHeld::Open)?;
+        let started = start_time(pid).map_err(NotHeld::Look)?;
         Ok(Self {
             pid,
             started,
             pidfd,
             child: Mutex::new(child),
         })
-    }
-
-    /// Holds the process if it is still the one that started at `started`.
-    pub(crate) fn find(pid: u32, started: u64) -> Option<Self> {
-        Self::hold(pid, None)
-            .ok()
-            .filter(|process| process.started == started && !process.wait(Duration::ZERO))
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -72,8 +85,8 @@ impl Process {
             };
             let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
             match poll(&mut fds, Some(&timeout)) {
-                Ok(0) | Err(rustix::io::Errno::INTR) if left.is_zero() => return false,
-                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(0) | Err(Errno::INTR) if left.is_zero() => return false,
+                Ok(0) | Err(Errno::INTR) => {}
                 // A pidfd that cannot be polled tells nothing: it is taken as alive.
                 Err(_) => return false,
                 Ok(_) => return true,
@@ -107,6 +120,36 @@ impl Process {
     fn with_child<T>(&self, work: impl FnOnce(&mut Child) -> T) -> Option<T> {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
         child.as_mut().map(work)
+    }
+}
+
+/// Why a process is not held.
+enum NotHeld {
+    Open(Errno),
+    Look(std::io::Error),
+}
+
+impl NotHeld {
+    /// Whether there is no such process.
+    fn gone(&self) -> bool {
+        match self {
+            // EINVAL: the number is now that of a thread of some other process.
+            Self::Open(errno) => matches!(*errno, Errno::SRCH | Errno::NOENT | Errno::INVAL),
+            Self::Look(error) => [Errno::SRCH, Errno::NOENT]
+                .map(Errno::raw_os_error)
+                .contains(&error.raw_os_error().unwrap_or_default()),
+        }
+    }
+
+    fn seen(self, pid: u32) -> Observation {
+        match self {
+            Self::Open(errno) => {
+                OsCallFailed::new("pidfd_open", format!("process {pid}"), &errno.into()).into()
+            }
+            Self::Look(error) => {
+                OsCallFailed::new("read", format!("/proc/{pid}/stat"), &error).into()
+            }
+        }
     }
 }
 

@@ -186,15 +186,18 @@ fn a_process_is_known_by_its_start_and_its_end_is_told() {
     let process = Process::hold(child.id(), Some(child)).unwrap();
     let (pid, started) = process.identity();
     assert!(!process.wait(Duration::from_millis(20)));
-    assert!(Process::find(pid, started).is_some());
-    assert!(Process::find(pid, started + 1).is_none());
+    assert!(Process::find(pid, started).unwrap().is_some());
+    assert!(Process::find(pid, started + 1).unwrap().is_none());
+    // Numbers that no process has.
+    assert!(Process::find(0, started).unwrap().is_none());
+    assert!(Process::find(u32::MAX, started).unwrap().is_none());
     process.kill();
     assert!(process.wait(Duration::from_secs(5)));
     assert_eq!(
         process.how_it_ended().unwrap().to_string(),
         "signal 9 (SIGKILL)"
     );
-    assert!(Process::find(pid, started).is_none());
+    assert!(Process::find(pid, started).unwrap().is_none());
     assert!(Process::hold(u32::MAX, None).is_err());
 }
 

@@ -235,6 +235,7 @@ impl Server {
         let life = session.reply(id, reply);
         if hello && !session.greeted {
             session.greeted = true;
+            self.mailbox.set_heard();
             self.repeat_questions();
         }
         if life == Life::Over {

@@ -1,12 +1,12 @@
 //! What the server answers without a machine.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use strake_api::control::{Body, Event, PROTOCOL_VERSION, Reply, Request, RunState};
 use strake_api::job::JobId;
 use strake_observe::{Kind, Observation};
 
-use super::harness::Monitor;
+use super::harness::{Monitor, PATIENCE};
 use crate::MAILBOX_CAPACITY;
 use crate::observations::{
     BadConfig, BuildFailed, DescriptorMissing, HelloMissing, ObservationsDropped, WrongState,
@@ -102,6 +102,31 @@ fn a_new_connection_replaces_the_old_one() {
     let mut new = monitor.daemon();
     assert!(old.receive().is_none(), "the old one was not closed");
     assert!(matches!(new.ask(Request::Status), Reply::Status(_)));
+}
+
+/// What a migration looks at before its pause.
+#[test]
+fn only_a_daemon_that_has_said_hello_and_is_there_hears() {
+    let monitor = Monitor::start();
+    assert!(!monitor.mailbox.is_heard());
+    let until = |heard| {
+        let end = Instant::now() + PATIENCE;
+        while monitor.mailbox.is_heard() != heard {
+            assert!(Instant::now() < end, "never so: {heard}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let mut daemon = monitor.connect();
+    failed(daemon.ask(Request::Hello { version: 999 }));
+    assert!(!monitor.mailbox.is_heard());
+    let daemon = monitor.daemon();
+    until(true);
+    drop(daemon);
+    until(false);
+    let _replaced = monitor.daemon();
+    until(true);
+    let _silent = monitor.connect();
+    until(false);
 }
 
 #[test]
