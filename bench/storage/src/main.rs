@@ -26,7 +26,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Bench {
-    /// Live migration of a disk: our `dirty` method and QEMU's mirror.
+    /// Live migration of a disk: our methods and QEMU's mirror.
     Storage {
         /// A smaller disk and fewer runs: under eight minutes.
         #[arg(long)]
@@ -40,6 +40,10 @@ enum Bench {
         /// Only this load (idle, 1000, 4000, 16000 or max).
         #[arg(long)]
         load: Option<String>,
+        /// Only this side (strake-auto, strake-dirty, strake-mirror, peer-background or
+        /// peer-write-blocking); may be given again.
+        #[arg(long = "side")]
+        sides: Vec<String>,
         /// The disk's size in MiB, instead of the usual one.
         #[arg(long)]
         size_mib: Option<u64>,
@@ -54,6 +58,7 @@ fn main() -> ExitCode {
             dir,
             rounds,
             load,
+            sides,
             size_mib,
         } => {
             let mut settings = storage::Settings::new(if quick {
@@ -63,6 +68,7 @@ fn main() -> ExitCode {
             });
             settings.dir = dir;
             settings.load = load;
+            settings.sides = sides;
             settings.rounds = rounds.unwrap_or(settings.rounds).max(1);
             settings.size = size_mib.map_or(settings.size, |mib| mib.max(16) << 20);
             storage::run(&settings)

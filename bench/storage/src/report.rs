@@ -18,6 +18,11 @@ pub(crate) struct Row {
     pub(crate) better: Better,
     /// Ours; none if it could not be measured.
     pub(crate) strake: Option<f64>,
+    /// Ours with another method than the usual one.
+    #[serde(rename = "strake_dirty", skip_serializing_if = "Option::is_none")]
+    pub(crate) dirty: Option<f64>,
+    #[serde(rename = "strake_mirror", skip_serializing_if = "Option::is_none")]
+    pub(crate) mirror: Option<f64>,
     pub(crate) peer: Option<&'static str>,
     pub(crate) peer_value: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -47,15 +52,15 @@ impl Report {
             self.rows.iter().find_map(name).unwrap_or("no peer")
         };
         println!(
-            "\n| metric | unit | better | strake | {} | {} | target |",
+            "\n| metric | unit | better | strake | dirty | mirror | {} | {} | target |",
             peer(|row| row.peer),
             peer(|row| row.second_peer)
         );
-        println!("| --- | --- | --- | ---: | ---: | ---: | ---: |");
+        println!("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |");
         let show = |value: Option<f64>| value.map_or("–".to_owned(), number);
         for row in &self.rows {
             println!(
-                "| {} | {} | {} | {} | {} | {} | {} |",
+                "| {} | {} | {} | {} | {} | {} | {} | {} | {} |",
                 row.metric,
                 row.unit,
                 match row.better {
@@ -63,6 +68,8 @@ impl Report {
                     Better::Higher => "higher",
                 },
                 show(row.strake),
+                show(row.dirty),
+                show(row.mirror),
                 show(row.peer_value),
                 show(row.second_peer_value),
                 show(row.target),
@@ -131,6 +138,8 @@ mod tests {
                 unit: "ratio",
                 better: Better::Lower,
                 strake: Some(1.06),
+                dirty: None,
+                mirror: None,
                 peer: Some("qemu-mirror-background"),
                 peer_value: Some(1.14),
                 second_peer: None,

@@ -25,6 +25,98 @@ pub enum Suspend {
     Vm,
 }
 
+/// How a disk is moved while its guest writes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Passes first; mirroring as soon as the passes cannot keep up with the guest.
+    #[default]
+    Auto,
+    /// Passes over what was written since the last one. The guest never waits for the destination.
+    Dirty,
+    /// One pass; what the guest writes to copied parts goes to both sides at once.
+    Mirror,
+}
+
+impl Method {
+    /// Its name, as it is asked for.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Dirty => "dirty",
+            Self::Mirror => "mirror",
+        }
+    }
+
+    /// Whether it is the usual one.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The method that a job uses at the moment: [`Method::Dirty`] or [`Method::Mirror`], and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MethodUsed {
+    /// What it is.
+    pub method: Method,
+    /// Why it is that one.
+    pub why: MethodReason,
+    /// Bytes that the guest's own writes have brought to the destination.
+    #[serde(default)]
+    pub mirrored_bytes: u64,
+}
+
+/// Why a job uses a method.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reason", rename_all = "kebab-case")]
+pub enum MethodReason {
+    /// It was asked for.
+    Asked,
+    /// So far the passes keep up with the guest.
+    PassesKeepUp,
+    /// The guest writes too fast for passes to end soon.
+    WritesTooFast {
+        /// Bytes per second that the guest dirties, counted in whole blocks.
+        write_rate: u64,
+        /// Bytes per second that are copied.
+        copy_rate: u64,
+    },
+    /// A pass left nearly as much as it found, or more.
+    NotShrinking {
+        /// Bytes that were dirty before it.
+        before: u64,
+        /// Bytes that were dirty after it.
+        after: u64,
+    },
+}
+
+impl std::fmt::Display for MethodReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        const MIB: u64 = 1 << 20;
+        match self {
+            Self::Asked => f.write_str("as asked"),
+            Self::PassesKeepUp => f.write_str("passes keep up with the guest"),
+            Self::WritesTooFast {
+                write_rate,
+                copy_rate,
+            } => write!(
+                f,
+                "the guest dirties {} MiB/s, {} MiB/s are copied",
+                write_rate / MIB,
+                copy_rate / MIB
+            ),
+            Self::NotShrinking { before, after } => write!(
+                f,
+                "a pass over {} MiB left {} MiB dirty",
+                before / MIB,
+                after / MIB
+            ),
+        }
+    }
+}
+
 /// The limits of one migration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -37,6 +129,10 @@ pub struct MigrationLimits {
     pub max_passes: u32,
     /// What is suspended for the last blocks.
     pub suspend: Suspend,
+    /// How the disk is moved.
+    // Not written if it is the usual one, which monitors from before there were others do not know.
+    #[serde(skip_serializing_if = "Method::is_default")]
+    pub method: Method,
 }
 
 impl Default for MigrationLimits {
@@ -48,6 +144,7 @@ impl Default for MigrationLimits {
             bytes_per_second: None,
             max_passes: 64,
             suspend: Suspend::Disk,
+            method: Method::default(),
         }
     }
 }
@@ -118,6 +215,9 @@ pub struct MigrationStatus {
     pub pause_ms: Option<f64>,
     /// How long the job has taken or took, in milliseconds.
     pub elapsed_ms: u64,
+    /// The method in use, once one is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub method: Option<Box<MethodUsed>>,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Observation>,

@@ -27,6 +27,7 @@ fn status(passes: u32) -> MigrationStatus {
         expected_pause_ms: Some(0.1),
         pause_ms: None,
         elapsed_ms: 1,
+        method: None,
         failure: None,
     }
 }

@@ -132,6 +132,13 @@ impl DirtyBitmap {
             .is_some_and(|word| word.load(Ordering::Acquire) & mask != 0)
     }
 
+    /// Whether every block that `len` bytes from `offset` touch is marked.
+    #[must_use]
+    pub fn all_marked(&self, offset: u64, len: u64) -> bool {
+        let end = offset.saturating_add(len).min(self.size);
+        (offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES)).all(|block| self.is_marked(block))
+    }
+
     /// The first marked block at or after `from`.
     #[must_use]
     pub fn next_marked(&self, from: u64) -> Option<u64> {

@@ -8,10 +8,11 @@
 //!   that the image can be replaced while requests keep coming; each virtqueue worker owns one
 //!   [`DiskQueue`] of it;
 //! * a [`Migration`] is how the data moves: it copies the image while the guest writes, follows
-//!   what the guest writes with a dirty bitmap, and switches the live disk over.
+//!   what the guest writes with a dirty bitmap or sends it to both, and switches the live disk over.
 //!
 //! The way of a guest's write: virtqueue worker → [`DiskQueue::submit`] → gate → [`ImageQueue`] →
-//! io_uring → [`DiskQueue::reap`] → dirty bitmap → gate → guest.
+//! io_uring → [`DiskQueue::reap`] → dirty bitmap → gate → guest; while it is mirrored, by the zones and
+//! a second [`ImageQueue`] as well.
 //!
 //! [`FaultImage`] wraps any image and fails or delays requests on purpose; the tests of this crate
 //! and of those above it use it.

@@ -198,6 +198,16 @@ strake_observe::catalog! {
     text "{attempts} attempts to switch over did not end within the allowed pause of {pause_ms} ms; the last was given up after {took_ms} ms";
     remedy "allow a longer pause, or migrate when source and destination are less busy";
 
+    /// The destination hung again and again while the guest's writes went to it.
+    MirrorStalled("block.mirror-stalled") {
+        /// The path of the destination.
+        path: String,
+        /// How often.
+        times: u32,
+    }
+    text "{path} did not answer {times} times while the guest's writes were being mirrored to it";
+    remedy "look at the health of the destination, or use the method dirty, which never lets the guest wait for it";
+
     /// A pause was ended although a device had not answered.
     SwitchStalled("block.switch-stalled") {
         /// The job.

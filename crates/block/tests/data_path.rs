@@ -9,11 +9,11 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use common::{Guest, Habit, Job, create, dir, open, same, two, verify};
-use strake_api::job::{MigrationLimits, Phase};
+use strake_api::job::{Method, MigrationLimits, Phase};
 use strake_block::LiveDisk;
 
 /// Migrates `count` times between two files under load and verifies everything.
-fn back_and_forth(size: u64, count: u32, habit: Habit) {
+fn back_and_forth(method: Method, size: u64, count: u32, habit: Habit) {
     let dir = dir();
     let (a, b) = two(&dir);
     let images = [create(&a, size), create(&b, size)];
@@ -28,6 +28,7 @@ fn back_and_forth(size: u64, count: u32, habit: Habit) {
         // What is tested is the data: however busy this host is, the last blocks get their time.
         let limits = MigrationLimits {
             pause_ms: 10_000,
+            method,
             ..MigrationLimits::default()
         };
         let job = Job::start(&disk, &images[to], limits).unwrap();
@@ -67,13 +68,41 @@ fn back_and_forth(size: u64, count: u32, habit: Habit) {
     assert!(writes > u64::from(count), "the guest did nothing");
 }
 
-#[test]
-fn a_hundred_migrations_under_4k_random_writes_lose_no_sector() {
-    back_and_forth(32 << 20, 100, Habit::SMALL);
+fn small_writes(method: Method) {
+    back_and_forth(method, 32 << 20, 100, Habit::SMALL);
+}
+
+/// Not a multiple of the copier's block, nor of 4096 bytes.
+fn every_sort(method: Method) {
+    back_and_forth(method, (8 << 20) + 5 * 512, 20, Habit::MIXED);
 }
 
 #[test]
-fn migrations_under_every_sort_of_request_lose_no_sector() {
-    // Not a multiple of the copier's block, nor of 4096 bytes.
-    back_and_forth((8 << 20) + 5 * 512, 20, Habit::MIXED);
+fn a_hundred_dirty_migrations_under_4k_random_writes_lose_no_sector() {
+    small_writes(Method::Dirty);
+}
+
+#[test]
+fn a_hundred_mirrorings_under_4k_random_writes_lose_no_sector() {
+    small_writes(Method::Mirror);
+}
+
+#[test]
+fn a_hundred_migrations_by_choice_under_4k_random_writes_lose_no_sector() {
+    small_writes(Method::Auto);
+}
+
+#[test]
+fn dirty_migrations_under_every_sort_of_request_lose_no_sector() {
+    every_sort(Method::Dirty);
+}
+
+#[test]
+fn mirrorings_under_every_sort_of_request_lose_no_sector() {
+    every_sort(Method::Mirror);
+}
+
+#[test]
+fn migrations_by_choice_under_every_sort_of_request_lose_no_sector() {
+    every_sort(Method::Auto);
 }

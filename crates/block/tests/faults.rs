@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Guest, Habit, Job, Random, create, dir, two, verify};
-use strake_api::job::{MigrationLimits, MigrationStatus, Phase, Suspend};
+use strake_api::job::{Method, MigrationLimits, MigrationStatus, Phase, Suspend};
 use strake_api::spec::MAX_DISK;
 use strake_block::{
     Access, AlreadyMigrating, Blocking, CancelTooLate, CommitRefused, DestinationRemoved,
@@ -267,6 +267,7 @@ fn a_guest_that_writes_faster_than_the_copy_is_told_so() {
             pause_ms: 1,
             bytes_per_second: Some(32 << 20),
             max_passes: 6,
+            method: Method::Dirty,
             ..MigrationLimits::default()
         })
         .finish(true);

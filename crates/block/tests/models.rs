@@ -1,4 +1,4 @@
-//! The two protocols that many threads run at once, under random interleavings: the same source
+//! The three protocols that many threads run at once, under random interleavings: the same source
 //! files as in the crate, compiled against shuttle's primitives.
 #![allow(
     unreachable_pub,
@@ -18,6 +18,8 @@ mod sync {
 mod bitmap;
 #[path = "../src/live/gate.rs"]
 mod gate;
+#[path = "../src/live/zones.rs"]
+mod zones;
 
 use std::time::Duration;
 
@@ -29,6 +31,7 @@ use shuttle::sync::{Arc, Condvar, Mutex, RwLock};
 use shuttle::thread;
 // What the files above find in their crate.
 use strake_block::NoBitmap;
+use zones::{Ticket, Turn, Wake, Zone, Zones};
 
 const BLOCKS: usize = 3;
 const ITERATIONS: usize = 3000;
@@ -273,6 +276,449 @@ fn a_closed_gate_empties_and_an_open_one_lets_everyone_in() {
                 thread.join().unwrap();
             }
             assert_eq!(model.gate.inside(), 0);
+        },
+        ITERATIONS,
+    );
+}
+
+/// A waker: counts how often it was woken.
+#[derive(Default)]
+struct Bell {
+    rung: Mutex<u64>,
+    changed: Condvar,
+}
+
+impl Wake for Bell {
+    fn wake(&self) {
+        *self.rung.lock().unwrap() += 1;
+        self.changed.notify_all();
+    }
+}
+
+impl Bell {
+    fn seen(&self) -> u64 {
+        *self.rung.lock().unwrap()
+    }
+
+    /// Waits for more than was seen. Without a limit: a wake-up that is lost is a deadlock.
+    fn wait(&self, seen: u64) {
+        let mut rung = self.rung.lock().unwrap();
+        while *rung == seen {
+            rung = self.changed.wait(rung).unwrap();
+        }
+    }
+}
+
+/// Cells of a block: the unit of the model's writes, smaller than what is copied at once.
+const CELLS: u64 = 2;
+const CELL_BYTES: u64 = BLOCK_BYTES / CELLS;
+const ALL_CELLS: usize = BLOCKS * CELLS as usize;
+
+/// A device of cells. Writes of several cells are not atomic.
+struct Cells([AtomicU64; ALL_CELLS]);
+
+impl Cells {
+    fn new() -> Self {
+        Self(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+
+    fn write(&self, cells: std::ops::Range<usize>, value: u64) {
+        for cell in cells {
+            self.0[cell].store(value, Ordering::SeqCst);
+            thread::yield_now();
+        }
+    }
+
+    fn content(&self) -> Vec<u64> {
+        self.0
+            .iter()
+            .map(|cell| cell.load(Ordering::SeqCst))
+            .collect()
+    }
+}
+
+/// A disk that is being mirrored, as far as the zones go.
+struct Mirrored {
+    gate: Gate,
+    source: Cells,
+    destination: Cells,
+    bitmap: Arc<DirtyBitmap>,
+    /// What the queues find when they start a change, like their `half`.
+    zones: Mutex<Option<Arc<Zones<Bell>>>>,
+    opened: Bell,
+    /// Writes whose half at the destination the queue does not wait for any more.
+    flying: Mutex<Vec<thread::JoinHandle<()>>>,
+    /// The half at the destination fails from now on.
+    broken: AtomicBool,
+}
+
+impl Mirrored {
+    fn new() -> Arc<Self> {
+        let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
+        Arc::new(Self {
+            gate: Gate::new(),
+            source: Cells::new(),
+            destination: Cells::new(),
+            bitmap,
+            zones: Mutex::new(None),
+            opened: Bell::default(),
+            flying: Mutex::new(Vec::new()),
+            broken: AtomicBool::new(false),
+        })
+    }
+
+    fn is_on(&self, zones: &Arc<Zones<Bell>>) -> bool {
+        let now = self.zones.lock().unwrap();
+        now.as_ref().is_some_and(|now| Arc::ptr_eq(now, zones))
+    }
+
+    /// `DiskQueue`: what it does with one change.
+    fn write(self: &Arc<Self>, cells: std::ops::Range<usize>, value: u64) {
+        loop {
+            let seen = self.opened.seen();
+            if self.gate.enter() {
+                break;
+            }
+            self.opened.wait(seen);
+        }
+        let offset = cells.start as u64 * CELL_BYTES;
+        let len = cells.len() as u64 * CELL_BYTES;
+        let zones = self.zones.lock().unwrap().clone();
+        let mut done = false;
+        if let Some(zones) = zones {
+            let bell = Arc::new(Bell::default());
+            let mut turn = zones.enter(offset, len, &bell);
+            while let Turn::Later(ticket) = turn {
+                let seen = bell.seen();
+                turn = zones.again(ticket);
+                if turn == Turn::Later(ticket) {
+                    bell.wait(seen);
+                }
+            }
+            if let Turn::Now(ticket) = turn {
+                self.change(&zones, ticket, cells.clone(), value);
+                done = true;
+            }
+        }
+        if !done {
+            self.source.write(cells, value);
+            self.bitmap.mark(offset, len);
+        }
+        self.gate.leave();
+    }
+
+    fn change(
+        self: &Arc<Self>,
+        zones: &Arc<Zones<Bell>>,
+        ticket: Ticket,
+        cells: std::ops::Range<usize>,
+        value: u64,
+    ) {
+        let offset = cells.start as u64 * CELL_BYTES;
+        let len = cells.len() as u64 * CELL_BYTES;
+        let mut arrived = false;
+        // The half is sent under the same lock under which it is taken away.
+        let half = {
+            let now = self.zones.lock().unwrap();
+            let on = now.as_ref().is_some_and(|now| Arc::ptr_eq(now, zones));
+            (on && zones.zone(offset, len) == Zone::Both).then(|| {
+                let this = Arc::clone(self);
+                let cells = cells.clone();
+                let ended = Arc::new(AtomicU64::new(0));
+                let told = Arc::clone(&ended);
+                let thread = thread::spawn(move || {
+                    if this.broken.load(Ordering::SeqCst) {
+                        told.store(2, Ordering::SeqCst);
+                        return;
+                    }
+                    this.destination.write(cells, value);
+                    told.store(1, Ordering::SeqCst);
+                });
+                self.flying.lock().unwrap().push(thread);
+                ended
+            })
+        };
+        self.source.write(cells, value);
+        if let Some(ended) = half {
+            // Until it has ended or is nobody's.
+            while ended.load(Ordering::SeqCst) == 0 && self.is_on(zones) {
+                thread::yield_now();
+            }
+            arrived = ended.load(Ordering::SeqCst) == 1;
+            if ended.load(Ordering::SeqCst) == 2 {
+                zones.off();
+            }
+        }
+        if arrived {
+            if !zones.leave(ticket) {
+                self.bitmap.mark(offset, len);
+            }
+        } else {
+            self.bitmap.mark(offset, len);
+            zones.leave(ticket);
+        }
+    }
+
+    fn begin(&self) -> Arc<Zones<Bell>> {
+        let zones = Arc::new(Zones::new(Arc::clone(&self.bitmap)));
+        *self.zones.lock().unwrap() = Some(Arc::clone(&zones));
+        zones
+    }
+
+    /// `LiveDisk::end_mirror` and `Mirror::settle`.
+    fn end(&self, zones: &Zones<Bell>) {
+        zones.off();
+        *self.zones.lock().unwrap() = None;
+        let flying = std::mem::take(&mut *self.flying.lock().unwrap());
+        for half in flying {
+            half.join().unwrap();
+        }
+    }
+
+    /// The copier: one pass over what is marked. False if the mirroring was ended.
+    fn sweep(&self, zones: &Zones<Bell>) -> bool {
+        let mut at = 0;
+        while let Some(block) = self.bitmap.next_marked(at) {
+            let bell = Arc::new(Bell::default());
+            let (offset, len) = (block * BLOCK_BYTES, BLOCK_BYTES);
+            let mut turn = zones.enter(offset, len, &bell);
+            let ticket = loop {
+                match turn {
+                    Turn::Off => return false,
+                    Turn::Now(ticket) => break ticket,
+                    Turn::Later(ticket) => {
+                        let seen = bell.seen();
+                        turn = zones.again(ticket);
+                        if turn == Turn::Later(ticket) {
+                            bell.wait(seen);
+                        }
+                    }
+                }
+            };
+            zones.copies(offset, len);
+            for cell in 0..CELLS {
+                let cell = (block * CELLS + cell) as usize;
+                let value = self.source.0[cell].load(Ordering::SeqCst);
+                thread::yield_now();
+                self.destination.0[cell].store(value, Ordering::SeqCst);
+            }
+            zones.leave(ticket);
+            at = block + 1;
+        }
+        true
+    }
+
+    /// Closes the gate and looks whether both sides are the same where nothing is marked.
+    fn compare(&self) -> bool {
+        self.gate.close();
+        assert!(self.gate.drained(Duration::from_secs(3600)));
+        let clean = self.bitmap.marked() == 0;
+        let (source, destination) = (self.source.content(), self.destination.content());
+        for cell in 0..ALL_CELLS {
+            if !self.bitmap.is_marked(cell as u64 / CELLS) {
+                assert_eq!(source[cell], destination[cell], "cell {cell}");
+            }
+        }
+        self.gate.open();
+        self.opened.wake();
+        clean
+    }
+}
+
+/// Writers of overlapping ranges within a block and across two, all at once.
+fn writers(disk: &Arc<Mirrored>, writes: u64) -> Vec<thread::JoinHandle<()>> {
+    (0..3u64)
+        .map(|writer| {
+            let disk = Arc::clone(disk);
+            thread::spawn(move || {
+                for number in 1..=writes {
+                    let first = thread_rng().gen_range(0..ALL_CELLS);
+                    let end = (first + thread_rng().gen_range(1..=3)).min(ALL_CELLS);
+                    disk.write(first..end, writer * 100 + number);
+                }
+            })
+        })
+        .collect()
+}
+
+#[test]
+fn a_mirror_is_the_same_as_its_source_however_writes_meet_the_copy() {
+    shuttle::check_random(
+        || {
+            let disk = Mirrored::new();
+            disk.bitmap.mark(0, BLOCKS as u64 * BLOCK_BYTES);
+            // Some are on their way before anything is mirrored.
+            let writers = writers(&disk, 2);
+            let zones = disk.begin();
+            let mut sweeps = 0;
+            loop {
+                assert!(disk.sweep(&zones));
+                sweeps += 1;
+                if disk.compare() {
+                    break;
+                }
+                // Only what was on its way when it began can be left.
+                assert!(sweeps <= 4, "the mirroring does not converge");
+            }
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            assert!(disk.compare(), "a write was not mirrored");
+            disk.end(&zones);
+        },
+        ITERATIONS,
+    );
+}
+
+#[test]
+fn a_mirroring_that_is_ended_at_any_instant_and_begun_again_loses_nothing() {
+    shuttle::check_random(
+        || {
+            let disk = Mirrored::new();
+            disk.bitmap.mark(0, BLOCKS as u64 * BLOCK_BYTES);
+            let writers = writers(&disk, 2);
+            for _ in 0..2 {
+                let zones = disk.begin();
+                // The guard, a cancellation: somebody else ends it in the middle.
+                let other = {
+                    let disk = Arc::clone(&disk);
+                    let zones = Arc::clone(&zones);
+                    thread::spawn(move || {
+                        zones.off();
+                        *disk.zones.lock().unwrap() = None;
+                    })
+                };
+                disk.sweep(&zones);
+                other.join().unwrap();
+                disk.end(&zones);
+                disk.compare();
+            }
+            let zones = disk.begin();
+            while !disk.compare() {
+                assert!(disk.sweep(&zones));
+            }
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            assert!(disk.compare());
+            disk.end(&zones);
+        },
+        ITERATIONS,
+    );
+}
+
+#[test]
+fn one_pass_is_enough_for_a_mirroring_that_was_there_before_the_writes() {
+    shuttle::check_random(
+        || {
+            let disk = Mirrored::new();
+            disk.bitmap.mark(0, BLOCKS as u64 * BLOCK_BYTES);
+            let zones = disk.begin();
+            let writers = writers(&disk, 2);
+            assert!(disk.sweep(&zones));
+            assert!(disk.compare(), "something is dirty again");
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            assert!(disk.compare());
+            disk.end(&zones);
+        },
+        ITERATIONS,
+    );
+}
+
+#[test]
+fn a_half_that_arrived_before_the_end_does_not_hide_one_that_had_not() {
+    // One thread has to stand still for long, which takes more than chance.
+    shuttle::check_pct(
+        || {
+            // All is copied: both writes are mirrored, or marked once nothing is any more.
+            let disk = Mirrored::new();
+            let zones = disk.begin();
+            let writers: Vec<_> = (0..2usize)
+                .map(|cell| {
+                    let disk = Arc::clone(&disk);
+                    thread::spawn(move || disk.write(cell..cell + 1, 7))
+                })
+                .collect();
+            thread::yield_now();
+            disk.end(&zones);
+            let zones = disk.begin();
+            while disk.bitmap.marked() > 0 {
+                assert!(disk.sweep(&zones));
+            }
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            disk.compare();
+            disk.end(&zones);
+        },
+        2 * ITERATIONS,
+        3,
+    );
+}
+
+#[test]
+fn a_destination_that_fails_ends_the_mirroring_and_every_write_goes_on() {
+    shuttle::check_random(
+        || {
+            let disk = Mirrored::new();
+            disk.bitmap.mark(0, BLOCKS as u64 * BLOCK_BYTES);
+            let zones = disk.begin();
+            let writers = writers(&disk, 2);
+            disk.sweep(&zones);
+            disk.broken.store(true, Ordering::SeqCst);
+            for writer in writers {
+                writer.join().unwrap();
+            }
+            disk.end(&zones);
+            disk.compare();
+        },
+        ITERATIONS,
+    );
+}
+
+#[test]
+fn turns_are_in_the_order_of_asking_and_none_is_lost() {
+    shuttle::check_random(
+        || {
+            let bitmap = Arc::new(DirtyBitmap::new(BLOCKS as u64 * BLOCK_BYTES).unwrap());
+            let zones = Arc::new(Zones::new(bitmap));
+            let holder: Arc<[AtomicU64; 4]> = Arc::new(std::array::from_fn(|_| AtomicU64::new(0)));
+            let threads: Vec<_> = (1..=3u64)
+                .map(|me| {
+                    let (zones, holder) = (Arc::clone(&zones), Arc::clone(&holder));
+                    thread::spawn(move || {
+                        let bell = Arc::new(Bell::default());
+                        let start = thread_rng().gen_range(0..3u64);
+                        let end = (start + 2).min(4);
+                        let mut turn = zones.enter(start, end - start, &bell);
+                        while let Turn::Later(ticket) = turn {
+                            let seen = bell.seen();
+                            turn = zones.again(ticket);
+                            if turn == Turn::Later(ticket) {
+                                bell.wait(seen);
+                            }
+                        }
+                        let Turn::Now(ticket) = turn else {
+                            panic!("nobody ended it");
+                        };
+                        for at in start..end {
+                            let before = holder[at as usize].swap(me, Ordering::SeqCst);
+                            assert_eq!(before, 0, "two have the same range");
+                        }
+                        thread::yield_now();
+                        for at in start..end {
+                            holder[at as usize].store(0, Ordering::SeqCst);
+                        }
+                        assert!(zones.leave(ticket));
+                    })
+                })
+                .collect();
+            for thread in threads {
+                thread.join().unwrap();
+            }
+            assert!(zones.waits_since().is_none() && zones.is_on());
         },
         ITERATIONS,
     );

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use common::{Guest, Habit, Hooks, Job, create, dir, two, verify};
-use strake_api::job::{MigrationLimits, MigrationStatus, Phase, Suspend};
+use strake_api::job::{Method, MigrationLimits, MigrationStatus, Phase, Suspend};
 use strake_block::{
     Blocking, Fault, FaultImage, FaultOn, Image, JournalUnwritable, LiveDisk, Migration, Operation,
     Request,
@@ -435,6 +435,7 @@ fn the_throughput_is_what_arrives_and_the_pause_is_told_from_the_first_pass_on()
     let job = bench.job(
         MigrationLimits {
             bytes_per_second: Some(limit),
+            method: Method::Dirty,
             ..MigrationLimits::default()
         },
         Hooks::new(),

@@ -54,6 +54,8 @@ fn the_limits_are_sent() {
         "100M",
         "--suspend",
         "vm",
+        "--method",
+        "mirror",
         "--remove-source",
     ]);
     args.extend(["--detach"]);
@@ -64,7 +66,8 @@ fn the_limits_are_sent() {
         json!({
             "to": "fast",
             "limits": {
-                "pause_ms": 50, "bytes_per_second": 104_857_600, "max_passes": 64, "suspend": "vm"
+                "pause_ms": 50, "bytes_per_second": 104_857_600, "max_passes": 64, "suspend": "vm",
+                "method": "mirror"
             },
             "remove_source": true
         })

@@ -236,6 +236,7 @@ mod tests {
             expected_pause_ms: Some(0.1),
             pause_ms: Some(0.1),
             elapsed_ms: u64::MAX,
+            method: None,
             failure: None,
         };
         let mut all: Vec<_> = (0..500).map(|n| job(n, Phase::Completed)).collect();

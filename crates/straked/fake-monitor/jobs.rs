@@ -62,6 +62,7 @@ impl Machine {
                 expected_pause_ms: None,
                 pause_ms: None,
                 elapsed_ms: 1,
+                method: None,
                 failure: None,
             },
             destination,

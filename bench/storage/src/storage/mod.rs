@@ -1,4 +1,4 @@
-//! Live migration of a disk: our `dirty` method beside QEMU's mirror, in its background and its
+//! Live migration of a disk: our methods beside QEMU's mirror, in its background and its
 //! write-blocking mode.
 //!
 //! All export the same image over vhost-user-blk to the same client, which writes random 4 KiB
@@ -20,7 +20,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{JobId, Method, MigrationLimits, MigrationStatus, Phase};
 use strake_block::{Access, Image, LiveDisk, Migration, RawImage, SwitchHooks};
 use strake_observe::{OsContext, Result};
 
@@ -48,6 +48,8 @@ pub(crate) struct Settings {
     pub(crate) rounds: u32,
     /// Only this one.
     pub(crate) load: Option<String>,
+    /// Only these, if any is named.
+    pub(crate) sides: Vec<String>,
     /// How long the client writes before the migration begins.
     warm_up: Duration,
     /// When a migration that does not converge is given up.
@@ -68,6 +70,7 @@ impl Settings {
             size,
             rounds,
             load: None,
+            sides: Vec::new(),
             warm_up: Duration::from_secs(warm_up),
             patience: Duration::from_secs(patience),
             budget: Duration::from_secs(budget),
@@ -103,15 +106,29 @@ const IMAGES: u64 = 3;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
-    Strake,
+    Strake(Method),
     Peer(Mode),
 }
 
-const SIDES: [Side; 3] = [
-    Side::Strake,
+const SIDES: [Side; 5] = [
+    Side::Strake(Method::Auto),
+    Side::Strake(Method::Dirty),
+    Side::Strake(Method::Mirror),
     Side::Peer(Mode::Background),
     Side::Peer(Mode::WriteBlocking),
 ];
+
+impl Side {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Strake(Method::Auto) => "strake-auto",
+            Self::Strake(Method::Dirty) => "strake-dirty",
+            Self::Strake(Method::Mirror) => "strake-mirror",
+            Self::Peer(Mode::Background) => "peer-background",
+            Self::Peer(Mode::WriteBlocking) => "peer-write-blocking",
+        }
+    }
+}
 
 /// One migration.
 #[derive(Debug)]
@@ -196,7 +213,11 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     };
     let sides = SIDES
         .into_iter()
-        .filter(|side| *side == Side::Strake || peer.is_ok());
+        .filter(|side| matches!(side, Side::Strake(_)) || peer.is_ok())
+        .filter(|side| {
+            let named = |name: &String| *name == side.name();
+            settings.sides.is_empty() || settings.sides.iter().any(named)
+        });
     let mut sides: Vec<Side> = sides.collect();
     let mut samples = Vec::new();
     let mut rounds = 0;
@@ -226,7 +247,7 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     report.print();
     let lost: u64 = samples
         .iter()
-        .filter(|sample| sample.side == Side::Strake)
+        .filter(|sample| matches!(sample.side, Side::Strake(_)))
         .map(|sample| sample.bad_sectors)
         .sum();
     if lost > 0 {
@@ -269,7 +290,8 @@ fn directory(settings: &Settings) -> Result<tempfile::TempDir> {
 fn compare_behind_the_gate(stage: &mut Stage, settings: &Settings) -> Result<()> {
     let load = Load::Paced(4000);
     let to = stage.next()?;
-    let run = ours(stage, settings, &to, load, Compare::BehindTheGate)?;
+    let method = Method::default();
+    let run = ours(stage, settings, &to, load, method, Compare::BehindTheGate)?;
     match run.outcome {
         Ok(_) => stage.moved(to),
         Err(why) => {
@@ -290,7 +312,7 @@ fn measure(stage: &mut Stage, settings: &Settings, side: Side, load: Load) -> Re
     let copy_limit = (read + write).as_secs_f64();
     let to = stage.next()?;
     let run = match side {
-        Side::Strake => ours(stage, settings, &to, load, Compare::No)?,
+        Side::Strake(method) => ours(stage, settings, &to, load, method, Compare::No)?,
         Side::Peer(mode) => theirs(stage, settings, &to, load, mode)?,
     };
     if load == Load::Idle && run.outcome.is_ok() && qsd::has_compare() {
@@ -412,6 +434,7 @@ fn ours(
     settings: &Settings,
     to: &Path,
     load: Load,
+    method: Method,
     compare: Compare,
 ) -> Result<Run> {
     let disk = LiveDisk::new("disk", image(&stage.on)?);
@@ -443,7 +466,10 @@ fn ours(
         Arc::clone(&destination),
         journal,
         JobId("bench".to_owned()),
-        MigrationLimits::default(),
+        MigrationLimits {
+            method,
+            ..MigrationLimits::default()
+        },
         hooks,
     )?;
     let mut decided = None;
@@ -488,8 +514,19 @@ fn ours(
         server.join();
     }
     disk.flush()?;
-    let copied = status.passes.iter().map(|pass| pass.written_bytes).sum();
-    let note = format!("gate closed {:.1} ms", status.pause_ms.unwrap_or(0.0));
+    let used = status.method.as_deref();
+    let mirrored = used.map_or(0, |used| used.mirrored_bytes);
+    let written = status.passes.iter().map(|pass| pass.written_bytes);
+    let copied = written.sum::<u64>() + mirrored;
+    let note = format!(
+        "gate closed {:.1} ms{}",
+        status.pause_ms.unwrap_or(0.0),
+        used.map_or(String::new(), |used| format!(
+            "; {}: {}",
+            used.method.name(),
+            used.why
+        ))
+    );
     Ok(Run {
         trace,
         began,

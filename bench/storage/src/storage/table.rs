@@ -1,5 +1,7 @@
 //! From samples to rows.
 
+use strake_api::job::Method;
+
 use super::client::Load;
 use super::qsd::Mode;
 use super::{Extent, LOADS, Sample, Settings, Side};
@@ -12,11 +14,7 @@ const PEERS: [(Mode, &str); 2] = [
 
 /// One line per migration, as it happens.
 pub(super) fn line(sample: &Sample) {
-    let side = match sample.side {
-        Side::Strake => "strake             ",
-        Side::Peer(Mode::Background) => "peer background    ",
-        Side::Peer(Mode::WriteBlocking) => "peer write-blocking",
-    };
+    let side = format!("{:19}", sample.side.name());
     let total = match (sample.total, &sample.why) {
         (Some(total), _) => format!("{total:6.2} s"),
         (None, why) => why.clone().unwrap_or_default(),
@@ -78,11 +76,7 @@ fn values(
         .filter_map(|sample| sample.why.clone())
         .next()
         .unwrap_or_else(|| "not measured".to_owned());
-    let side = match side {
-        Side::Strake => "strake",
-        Side::Peer(Mode::Background) => "background",
-        Side::Peer(Mode::WriteBlocking) => "write-blocking",
-    };
+    let side = side.name();
     let failed = own.len() - found.len();
     Values {
         value: None,
@@ -124,7 +118,9 @@ pub(super) fn report(
 }
 
 fn row(rounds: u32, samples: &[Sample], no_peer: Option<&str>, metric: &Metric<'_>) -> Row {
-    let ours = values(samples, Side::Strake, metric.load, metric.of);
+    let ours = |method| values(samples, Side::Strake(method), metric.load, metric.of);
+    let (dirty, mirror) = (ours(Method::Dirty).value, ours(Method::Mirror).value);
+    let ours = ours(Method::Auto);
     let mut whys: Vec<String> = ours.why.into_iter().collect();
     let mut peers = PEERS.iter().map(|(mode, name)| {
         let theirs = match no_peer {
@@ -148,6 +144,8 @@ fn row(rounds: u32, samples: &[Sample], no_peer: Option<&str>, metric: &Metric<'
         unit: metric.unit,
         better: metric.better,
         strake: ours.value,
+        dirty,
+        mirror,
         peer,
         peer_value,
         second_peer,
@@ -256,7 +254,9 @@ fn lost(rounds: u32, samples: &[Sample], no_peer: Option<String>) -> Row {
         metric: "sectors_lost_in_all_runs".to_owned(),
         unit: "sectors",
         better: Better::Lower,
-        strake: of(Side::Strake),
+        strake: of(Side::Strake(Method::Auto)),
+        dirty: of(Side::Strake(Method::Dirty)),
+        mirror: of(Side::Strake(Method::Mirror)),
         peer: no_peer.is_none().then_some(first.1),
         peer_value: of(Side::Peer(first.0)),
         second_peer: no_peer.is_none().then_some(second.1),

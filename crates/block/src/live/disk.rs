@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use strake_api::control::DiskCounters;
 use strake_observe::{Observation, Result};
 
+use super::mirror::{Half, Mirror};
 use super::{DiskQueue, Gate};
 use crate::{Access, DirtyBitmap, Event, Image, ImageQueue, Operation};
 
@@ -30,6 +31,8 @@ pub struct LiveDisk {
     /// Marks what is written while a migration runs. It is looked up when a request has *ended*,
     /// see [`LiveDisk::begin_tracking`].
     tracker: RwLock<Option<Arc<DirtyBitmap>>>,
+    /// While changes go to a destination as well.
+    mirror: Mutex<Option<Arc<Mirror>>>,
     queues: Mutex<Vec<Weak<QueueShared>>>,
     observer: Mutex<Option<Observer>>,
     observed: Mutex<(Option<Instant>, u32)>,
@@ -46,6 +49,8 @@ pub(super) struct QueueShared {
     /// The queue on the next image and the generation that it is for, opened ahead so that a
     /// switch-over cannot fail half way.
     pub(super) prepared: Mutex<Option<(u64, Box<dyn ImageQueue>)>>,
+    /// The destination's side, while the disk is being mirrored.
+    pub(super) half: Mutex<Option<Half>>,
 }
 
 #[derive(Debug, Default)]
@@ -86,6 +91,7 @@ impl LiveDisk {
             image: RwLock::new(image),
             generation: AtomicU64::new(0),
             tracker: RwLock::new(None),
+            mirror: Mutex::new(None),
             queues: Mutex::new(Vec::new()),
             observer: Mutex::new(None),
             observed: Mutex::new((None, 0)),
@@ -148,7 +154,15 @@ impl LiveDisk {
             event,
             depth,
             prepared: Mutex::new(None),
+            half: Mutex::new(None),
         });
+        if let Some(mirror) = &*lock(&self.mirror) {
+            // The guest's queue comes first: what cannot be mirrored fails the mirroring.
+            match Half::open(mirror, depth, &shared.event) {
+                Ok(half) => *lock(&shared.half) = Some(half),
+                Err(seen) => mirror.fail(seen),
+            }
+        }
         queues.retain(|queue| queue.strong_count() > 0);
         queues.push(Arc::downgrade(&shared));
         let generation = self.generation();
@@ -245,6 +259,70 @@ impl LiveDisk {
     /// Changes are no longer marked.
     pub(crate) fn end_tracking(&self) {
         *self.tracker.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// From now on changes go by the zones of `mirror`. Tracking must have begun: it is what a
+    /// change relies on that was on its way before.
+    pub(crate) fn begin_mirror(&self, mirror: &Arc<Mirror>) -> Result<()> {
+        let queues = lock(&self.queues);
+        let mut halves = Vec::new();
+        for queue in queues.iter().filter_map(Weak::upgrade) {
+            let half = Half::open(mirror, queue.depth, &queue.event)?;
+            halves.push((queue, half));
+        }
+        *lock(&self.mirror) = Some(Arc::clone(mirror));
+        for (queue, half) in halves {
+            *lock(&queue.half) = Some(half);
+        }
+        Ok(())
+    }
+
+    /// Changes go to the source only again. At any instant, by anyone; nobody waits for the
+    /// destination any more when this returns.
+    pub(crate) fn end_mirror(&self) {
+        let queues = lock(&self.queues);
+        let Some(mirror) = lock(&self.mirror).take() else {
+            return;
+        };
+        mirror.zones.off();
+        for queue in queues.iter().filter_map(Weak::upgrade) {
+            let half = lock(&queue.half).take();
+            if let Some(half) = half {
+                mirror.keep(half);
+            }
+            queue.event.signal();
+        }
+    }
+
+    /// A queue is gone: what it still has on its way to a destination ends with the mirroring.
+    pub(super) fn keep_half(&self, queue: &QueueShared) {
+        let mirror = lock(&self.mirror);
+        let half = lock(&queue.half).take().filter(Half::is_busy);
+        if let (Some(mirror), Some(half)) = (&*mirror, half) {
+            mirror.keep(half);
+        }
+    }
+
+    /// Ends the mirroring if a request of the guest waits for longer than `limit` because of the
+    /// destination; says whether it did.
+    pub(crate) fn end_stalled_mirror(&self, limit: Duration) -> bool {
+        let Some(mirror) = lock(&self.mirror).clone() else {
+            return false;
+        };
+        let waits = mirror.zones.waits_since();
+        let stalls = waits.is_some_and(|since| since.elapsed() > limit)
+            || lock(&self.queues)
+                .iter()
+                .filter_map(Weak::upgrade)
+                .any(|queue| {
+                    let half = lock(&queue.half);
+                    half.as_ref().is_some_and(|half| half.hangs(limit))
+                });
+        if stalls && mirror.is_on() {
+            self.end_mirror();
+            mirror.tell();
+        }
+        stalls
     }
 
     /// Closes the gate: no request enters until [`resume`](Self::resume).

@@ -1,16 +1,21 @@
 //! The live disk: an image behind a gate, shared by the queues of one guest disk.
 //!
 //! Threads: each virtqueue worker owns a [`DiskQueue`]; one migration thread at most closes and
-//! opens the gate, turns tracking on and off and replaces the image. Lock order: `queues` before
+//! opens the gate, turns tracking and mirroring on and off and replaces the image. Lock order:
+//! `queues` before `mirror` before a queue's `half` before the table of the zones; `queues` before
 //! `prepared`; the gate's lock is a leaf.
 
 mod disk;
 mod gate;
+mod mirror;
 mod queue;
+mod zones;
 
 #[cfg(test)]
 mod tests;
 
 pub use disk::{LiveDisk, Observer};
 pub(crate) use gate::Gate;
+pub(crate) use mirror::Mirror;
 pub use queue::DiskQueue;
+pub(crate) use zones::{Ticket, Turn, Zones};

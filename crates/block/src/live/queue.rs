@@ -9,6 +9,9 @@ use strake_observe::{Observation, Result};
 
 use super::LiveDisk;
 use super::disk::{QueueShared, lock};
+use super::mirror::{Half, Mirror};
+use super::zones::{Ticket, Turn, Zone};
+use crate::raw::Aligned;
 use crate::{BadRequest, Completion, ImageQueue, Operation, ReadOnlyDisk, Request, SECTOR_BYTES};
 
 /// One worker's way into a [`LiveDisk`]. Owned by one thread.
@@ -31,14 +34,43 @@ pub struct DiskQueue {
     /// What is inside the gate, by the tag that the image's queue knows it by.
     inside: Vec<Option<Inside>>,
     free: Vec<usize>,
+    /// Inside the gate, waiting for their turn or for memory (see `zones.rs`).
+    held: VecDeque<(usize, Request)>,
+    /// How many have a half at the destination's queue.
+    halves: usize,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Inside {
     tag: u64,
     op: Operation,
     offset: u64,
     len: u64,
+    /// How it is being mirrored, if it is.
+    zoned: Option<Zoned>,
+}
+
+/// A change by the zones of a mirror.
+#[derive(Debug)]
+struct Zoned {
+    mirror: Arc<Mirror>,
+    ticket: Ticket,
+    there: There,
+    /// How its half at the source ended.
+    here: Option<Result<()>>,
+    /// Held for the source's device, which reads it.
+    _bounce: Option<Arc<Aligned>>,
+}
+
+/// The destination's half of a change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum There {
+    /// There is none.
+    None,
+    Flying,
+    Arrived,
+    /// It failed, or nobody knows.
+    Lost,
 }
 
 impl std::fmt::Debug for DiskQueue {
@@ -68,6 +100,8 @@ impl DiskQueue {
             refused: VecDeque::new(),
             inside: Vec::new(),
             free: Vec::new(),
+            held: VecDeque::new(),
+            halves: 0,
         }
     }
 
@@ -113,6 +147,9 @@ impl DiskQueue {
             self.disk.gate.leave();
             followed?;
         }
+        let shared = Arc::clone(&self.shared);
+        let mut half = lock(&shared.half);
+        self.go_on(half.as_mut());
         while !self.waiting.is_empty() && self.disk.gate.enter() {
             if let Err(seen) = self.follow() {
                 self.disk.gate.leave();
@@ -122,8 +159,12 @@ impl DiskQueue {
                 self.disk.gate.leave();
                 break;
             };
-            self.start(request);
+            self.start(request, half.as_mut());
         }
+        if let Some(half) = half.as_mut() {
+            half.push();
+        }
+        drop(half);
         self.image.push()
     }
 
@@ -138,6 +179,9 @@ impl DiskQueue {
             self.disk.observe_failure(op, &seen);
             done(tag, Err(seen));
         }
+        if self.halves > 0 {
+            self.reap_halves(done);
+        }
         let Self {
             disk,
             image,
@@ -147,25 +191,65 @@ impl DiskQueue {
         } = self;
         image.reap(&mut |completion| {
             let slot = usize::try_from(completion.tag).unwrap_or(usize::MAX);
-            let Some(was) = inside.get_mut(slot).and_then(Option::take) else {
+            let Some(place) = inside.get_mut(slot) else {
+                debug_assert!(false, "a completion without its request");
+                return;
+            };
+            let zoned = place.as_mut().and_then(|was| was.zoned.as_mut());
+            if let Some(zoned) = zoned.filter(|zoned| zoned.there == There::Flying) {
+                zoned.here = Some(completion.result);
+                return;
+            }
+            let Some(was) = place.take() else {
                 debug_assert!(false, "a completion without its request");
                 return;
             };
             free.push(slot);
-            // The order matters: the change is marked before the request leaves the gate (a
-            // closed and drained gate means that the bitmap is complete) and before the guest
-            // hears of it (what the guest knows to be written is either copied or marked).
-            if was.op.changes() {
-                disk.changed(was.offset, was.len);
-            }
-            count(disk, &was);
-            if let Err(seen) = &completion.result {
-                disk.observe_failure(was.op, seen);
-            }
-            disk.gate.leave();
-            done(was.tag, completion.result);
+            ended(disk, was, completion.result, done);
         });
         self.push()
+    }
+
+    /// Takes what has ended at the destination.
+    fn reap_halves(&mut self, done: &mut dyn FnMut(u64, Result<()>)) {
+        let mut told = Vec::new();
+        {
+            let mut half = lock(&self.shared.half);
+            if let Some(half) = half.as_mut() {
+                half.reap(&mut |slot, arrived| {
+                    let there = if arrived { There::Arrived } else { There::Lost };
+                    told.push((slot, there));
+                });
+            }
+            // Somebody ended the mirroring and took the halves away.
+            let mirror = half.as_ref().map(Half::mirror);
+            let lost = self.inside.iter().enumerate().filter(|(_, inside)| {
+                let zoned = inside.as_ref().and_then(|inside| inside.zoned.as_ref());
+                zoned.is_some_and(|zoned| {
+                    zoned.there == There::Flying
+                        && !mirror.is_some_and(|mirror| Arc::ptr_eq(mirror, &zoned.mirror))
+                })
+            });
+            told.extend(lost.map(|(slot, _)| (slot, There::Lost)));
+        }
+        for (slot, there) in told {
+            self.halves = self.halves.saturating_sub(1);
+            let Some(place) = self.inside.get_mut(slot) else {
+                continue;
+            };
+            let Some(zoned) = place.as_mut().and_then(|was| was.zoned.as_mut()) else {
+                debug_assert!(false, "a half without its request");
+                continue;
+            };
+            zoned.there = there;
+            // Else the source's half ends later.
+            if let Some(result) = zoned.here.take()
+                && let Some(was) = place.take()
+            {
+                self.free.push(slot);
+                ended(&self.disk, was, result, done);
+            }
+        }
     }
 
     /// Changes over to the disk's image of the moment. Only inside the gate, so that it cannot be
@@ -188,12 +272,14 @@ impl DiskQueue {
         Ok(())
     }
 
-    fn start(&mut self, mut request: Request) {
+    /// Starts a request that has entered the gate.
+    fn start(&mut self, request: Request, half: Option<&mut Half>) {
         let inside = Inside {
             tag: request.tag,
             op: request.op,
             offset: request.offset,
             len: request.len(),
+            zoned: None,
         };
         let slot = match self.free.pop() {
             Some(slot) => slot,
@@ -202,9 +288,93 @@ impl DiskQueue {
                 self.inside.len() - 1
             }
         };
+        let changes = inside.op.changes();
+        let (offset, len) = (inside.offset, inside.len);
         if let Some(place) = self.inside.get_mut(slot) {
             *place = Some(inside);
         }
+        let Some(half) = half.filter(|_| changes) else {
+            self.send(slot, request);
+            return;
+        };
+        let mirror = Arc::clone(half.mirror());
+        let turn = mirror.zones.enter(offset, len, &self.shared.event);
+        let (ticket, now) = match turn {
+            Turn::Off => {
+                self.send(slot, request);
+                return;
+            }
+            Turn::Now(ticket) => (ticket, true),
+            Turn::Later(ticket) => (ticket, false),
+        };
+        if let Some(inside) = self.inside.get_mut(slot).and_then(Option::as_mut) {
+            inside.zoned = Some(Zoned {
+                mirror,
+                ticket,
+                there: There::None,
+                here: None,
+                _bounce: None,
+            });
+        }
+        if now {
+            self.change(slot, request, half);
+        } else {
+            self.held.push_back((slot, request));
+        }
+    }
+
+    /// Starts what had to wait for its turn or for memory, as far as it can.
+    fn go_on(&mut self, mut half: Option<&mut Half>) {
+        for _ in 0..self.held.len() {
+            let Some((slot, request)) = self.held.pop_front() else {
+                return;
+            };
+            let inside = self.inside.get_mut(slot).and_then(Option::as_mut);
+            let turn = match (inside.and_then(|it| it.zoned.as_ref()), &half) {
+                (Some(zoned), Some(half)) if Arc::ptr_eq(half.mirror(), &zoned.mirror) => {
+                    zoned.mirror.zones.again(zoned.ticket)
+                }
+                _ => Turn::Off,
+            };
+            match (turn, half.as_mut()) {
+                (Turn::Now(_), Some(half)) => self.change(slot, request, half),
+                (Turn::Later(_), _) => self.held.push_back((slot, request)),
+                _ => {
+                    if let Some(inside) = self.inside.get_mut(slot).and_then(Option::as_mut) {
+                        inside.zoned = None;
+                    }
+                    self.send(slot, request);
+                }
+            }
+        }
+    }
+
+    /// Starts a change whose turn it is: at the source only or on both sides.
+    fn change(&mut self, slot: usize, request: Request, half: &mut Half) {
+        let len = request.len();
+        let mut buffers = None;
+        if half.mirror().zones.zone(request.offset, len) == Zone::Both {
+            if !half.has_room(len) {
+                self.held.push_back((slot, request));
+                return;
+            }
+            let bounce = half.submit(slot, &request);
+            self.halves += 1;
+            buffers = bounce
+                .as_ref()
+                .map(|it| vec![it.buffer(usize::try_from(len).unwrap_or(0))]);
+            let inside = self.inside.get_mut(slot).and_then(Option::as_mut);
+            if let Some(zoned) = inside.and_then(|inside| inside.zoned.as_mut()) {
+                zoned.there = There::Flying;
+                zoned._bounce = bounce;
+            }
+        }
+        let buffers = buffers.unwrap_or(request.buffers);
+        self.send(slot, Request { buffers, ..request });
+    }
+
+    /// Gives a request to the image's queue.
+    fn send(&mut self, slot: usize, mut request: Request) {
         request.tag = slot as u64;
         self.image.submit(request);
     }
@@ -259,9 +429,13 @@ impl Drop for DiskQueue {
         // What a broken engine did not give back may still reach the image until its queue is
         // gone. The order is that of `reap`: first it has ended, then it is marked, then it leaves.
         self.image = Box::new(Gone);
+        self.disk.keep_half(&self.shared);
         for was in self.inside.drain(..).flatten() {
             if was.op.changes() {
                 self.disk.changed(was.offset, was.len);
+            }
+            if let Some(zoned) = &was.zoned {
+                zoned.mirror.zones.leave(zoned.ticket);
             }
             self.disk.gate.leave();
         }
@@ -284,6 +458,37 @@ impl ImageQueue for Gone {
     fn in_flight(&self) -> usize {
         0
     }
+}
+
+/// A request has ended.
+fn ended(disk: &LiveDisk, was: Inside, result: Result<()>, done: &mut dyn FnMut(u64, Result<()>)) {
+    // The order matters: the change is marked before its range is let go (whoever has it next
+    // relies on the zone), before the request leaves the gate (a closed and drained gate means that
+    // the bitmap is complete) and before the guest hears of it (what the guest knows to be written
+    // is either at the destination or marked).
+    match &was.zoned {
+        Some(zoned) if zoned.there == There::Arrived && result.is_ok() => {
+            // If the mirroring was ended meanwhile, another copy may have begun before the half at
+            // the source had ended.
+            if !zoned.mirror.zones.leave(zoned.ticket) {
+                disk.changed(was.offset, was.len);
+            }
+        }
+        zoned => {
+            if was.op.changes() {
+                disk.changed(was.offset, was.len);
+            }
+            if let Some(zoned) = zoned {
+                zoned.mirror.zones.leave(zoned.ticket);
+            }
+        }
+    }
+    count(disk, &was);
+    if let Err(seen) = &result {
+        disk.observe_failure(was.op, seen);
+    }
+    disk.gate.leave();
+    done(was.tag, result);
 }
 
 fn count(disk: &LiveDisk, was: &Inside) {

@@ -12,6 +12,9 @@ use strake_api::job::{JobId, MigrationStatus};
 
 use crate::Event;
 
+/// How often the guard looks after a mirroring.
+const LOOK: Duration = Duration::from_millis(100);
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Control {
@@ -31,6 +34,8 @@ struct State {
     asked: bool,
     decision: Option<bool>,
     gate: Gate,
+    /// The guard is to look after the mirroring as well.
+    mirroring: bool,
     /// The job needs no guard any more.
     unguarded: bool,
     ended: bool,
@@ -55,6 +60,15 @@ pub(crate) enum Ask {
     Cancelled,
     /// The gate was opened: the destination may lack something again.
     TooLate,
+}
+
+/// What the guard is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Due {
+    /// Open the gate, as if by [`Control::begin_opening`]; it is closed since then.
+    Open(Overdue, Instant),
+    /// Look whether the guest waits for the destination.
+    Look,
 }
 
 /// Why the guard opens a gate.
@@ -204,10 +218,8 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// The guard's wait: returns when the guard is to open the gate, as if by
-    /// [`begin_opening`](Self::begin_opening), and says since when it is closed; none when the job
-    /// needs it no more.
-    pub(crate) fn overdue(&self) -> Option<(Overdue, Instant)> {
+    /// The guard's wait: returns when it has something to do, none when the job needs it no more.
+    pub(crate) fn due(&self) -> Option<Due> {
         let mut state = lock(&self.state);
         loop {
             if state.unguarded {
@@ -215,6 +227,10 @@ impl Control {
             }
             let (since, until) = match state.gate {
                 Gate::Closed { since, until } if !state.asked => (since, until),
+                _ if state.mirroring => {
+                    drop(self.wait_at_most(state, LOOK));
+                    return Some(Due::Look);
+                }
                 _ => {
                     state = self.wait(state);
                     continue;
@@ -228,10 +244,16 @@ impl Control {
                 } else {
                     Overdue::TooLong
                 };
-                return Some((why, since));
+                return Some(Due::Open(why, since));
             }
             state = self.wait_at_most(state, left);
         }
+    }
+
+    /// Whether the guard is to look after a mirroring.
+    pub(crate) fn mirrors(&self, mirrors: bool) {
+        lock(&self.state).mirroring = mirrors;
+        self.changed.notify_all();
     }
 
     /// Lets the guard go.
@@ -288,6 +310,7 @@ mod tests {
             expected_pause_ms: None,
             pause_ms: None,
             elapsed_ms: 0,
+            method: None,
             failure: None,
         };
         Control::new(Arc::new(Event::new().unwrap()), status)

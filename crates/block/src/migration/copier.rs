@@ -14,6 +14,7 @@ use strake_observe::{Observation, Result};
 
 use super::pace::Pace;
 use super::plan::{CHUNK_BYTES, Chunk, Fresh, Plan};
+use crate::live::{Ticket, Turn, Zones};
 use crate::raw::Aligned;
 use crate::{Event, Image, ImageQueue, Operation, Request};
 
@@ -72,6 +73,10 @@ pub(crate) enum Stop {
     Cancelled,
     /// The time it was given is up; what is not copied is still marked.
     Late,
+    /// The mirroring that it was a part of has ended; what is not copied is still marked.
+    Unmirrored,
+    /// There is a better way to copy the rest of the plan.
+    Enough,
     /// A device failed.
     Failed(Observation),
 }
@@ -91,7 +96,10 @@ pub(crate) struct Run<'a> {
     pub(crate) pace: &'a mut Pace,
     /// No chunk is started after this.
     pub(crate) deadline: Option<Instant>,
-    pub(crate) cancelled: &'a dyn Fn() -> bool,
+    /// The zones of the mirror that it is a part of: each chunk waits for its turn there.
+    pub(crate) zones: Option<&'a Zones<Event>>,
+    /// Why to start nothing more, if there is a reason.
+    pub(crate) interrupt: &'a mut dyn FnMut(Tally) -> Option<Stop>,
     /// Called again and again, several times a second at least.
     pub(crate) progress: &'a mut dyn FnMut(Progress),
 }
@@ -136,6 +144,8 @@ struct Slot {
     wanted: u64,
     /// Requests at the destination that have not ended.
     pending: u32,
+    /// Its place in the zones of a mirror.
+    ticket: Option<Ticket>,
 }
 
 /// What is no longer on its way.
@@ -146,8 +156,8 @@ struct Finished {
 }
 
 impl Finished {
-    fn add(&mut self, slot: &mut Slot) {
-        slot.doing = Doing::Nothing;
+    fn add(&mut self, slot: &mut Slot, zones: Option<&Zones<Event>>) {
+        slot.end(zones);
         self.bytes += slot.len;
         self.wanted += slot.wanted;
     }
@@ -156,8 +166,34 @@ impl Finished {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Doing {
     Nothing,
+    /// For its turn.
+    Waiting,
     Reading,
     Writing,
+}
+
+impl Slot {
+    fn end(&mut self, zones: Option<&Zones<Event>>) {
+        self.doing = Doing::Nothing;
+        if let (Some(ticket), Some(zones)) = (self.ticket.take(), zones) {
+            zones.leave(ticket);
+        }
+    }
+
+    /// Reads, now that nothing changes its range.
+    fn read(&mut self, tag: u64, source: &mut dyn ImageQueue) {
+        self.doing = Doing::Reading;
+        let room = usize::try_from(self.len).unwrap_or(0);
+        if self.memory.bytes().len() < room {
+            self.memory = Aligned::new(room);
+        }
+        source.submit(Request {
+            tag,
+            op: Operation::Read,
+            offset: self.offset,
+            buffers: vec![self.memory.buffer(room)],
+        });
+    }
 }
 
 impl Copier {
@@ -182,6 +218,7 @@ impl Copier {
                     len: 0,
                     wanted: 0,
                     pending: 0,
+                    ticket: None,
                 })
                 .collect(),
             zeroes: Aligned::new(usize::try_from(ZERO_BYTES).unwrap_or(0)),
@@ -197,9 +234,10 @@ impl Copier {
         let mut last = Instant::now();
         loop {
             let now = Instant::now();
-            if stop.is_none() && (run.cancelled)() {
-                stop = Some(Stop::Cancelled);
+            if stop.is_none() {
+                stop = (run.interrupt)(tally);
             }
+            outstanding -= self.turns(run.zones, &mut stop);
             let mut held_back = None;
             let room = (run.room)(now);
             while stop.is_none() && !complete && outstanding < room.bytes() {
@@ -216,7 +254,13 @@ impl Copier {
                     break;
                 }
                 match run.plan.next() {
-                    Ok(Some(chunk)) => outstanding += self.start(slot, chunk, now, run.pace),
+                    Ok(Some(chunk)) => {
+                        run.pace.start(now, chunk.len());
+                        match self.start(slot, chunk, run.zones) {
+                            Some(started) => outstanding += started,
+                            None => stop = Some(Stop::Unmirrored),
+                        }
+                    }
                     Ok(None) => complete = true,
                     Err(seen) => stop = Some(Stop::Failed(seen)),
                 }
@@ -236,7 +280,7 @@ impl Copier {
             };
             let _ = self.event.wait(wait);
             self.event.clear();
-            let ended = self.reap(run.fresh, &mut tally, &mut stop);
+            let ended = self.reap(run.fresh, run.zones, &mut tally, &mut stop);
             outstanding -= ended.bytes;
             let now = Instant::now();
             if ended.bytes > 0 {
@@ -282,10 +326,10 @@ impl Copier {
         }
     }
 
-    fn start(&mut self, index: usize, chunk: Chunk, now: Instant, pace: &mut Pace) -> u64 {
-        let Some(slot) = self.slots.get_mut(index) else {
-            return 0;
-        };
+    /// Starts a chunk and says how much is on its way by that; none if there is no mirroring any
+    /// more that it could be a part of.
+    fn start(&mut self, index: usize, chunk: Chunk, zones: Option<&Zones<Event>>) -> Option<u64> {
+        let slot = self.slots.get_mut(index)?;
         let tag = index as u64;
         match chunk {
             Chunk::Copy {
@@ -294,20 +338,21 @@ impl Copier {
                 wanted,
             } => {
                 let len = len.min(CHUNK_BYTES);
-                pace.start(now, len);
-                slot.doing = Doing::Reading;
                 (slot.offset, slot.len, slot.wanted) = (offset, len, wanted);
-                let room = usize::try_from(len).unwrap_or(0);
-                if slot.memory.bytes().len() < room {
-                    slot.memory = Aligned::new(room);
+                match zones.map(|zones| (zones, zones.enter(offset, len, &self.event))) {
+                    None => slot.read(tag, self.source.as_mut()),
+                    Some((zones, Turn::Now(ticket))) => {
+                        slot.ticket = Some(ticket);
+                        zones.copies(offset, len);
+                        slot.read(tag, self.source.as_mut());
+                    }
+                    Some((_, Turn::Later(ticket))) => {
+                        slot.ticket = Some(ticket);
+                        slot.doing = Doing::Waiting;
+                    }
+                    Some((_, Turn::Off)) => return None,
                 }
-                self.source.submit(Request {
-                    tag,
-                    op: Operation::Read,
-                    offset,
-                    buffers: vec![slot.memory.buffer(room)],
-                });
-                len
+                Some(len)
             }
             Chunk::Zero { offset, len } => {
                 slot.doing = Doing::Writing;
@@ -320,13 +365,48 @@ impl Copier {
                     offset,
                     buffers: Vec::new(),
                 });
-                0
+                Some(0)
             }
         }
     }
 
+    /// Starts those whose turn it is by now; lets those go that never will have one. Returns how
+    /// much is no longer on its way.
+    fn turns(&mut self, zones: Option<&Zones<Event>>, stop: &mut Option<Stop>) -> u64 {
+        let Some(zones) = zones else {
+            return 0;
+        };
+        let mut left = 0;
+        for (index, slot) in self.slots.iter_mut().enumerate() {
+            let Some(ticket) = slot.ticket.filter(|_| slot.doing == Doing::Waiting) else {
+                continue;
+            };
+            match zones.again(ticket) {
+                Turn::Now(_) if stop.is_none() => {
+                    zones.copies(slot.offset, slot.len);
+                    slot.read(index as u64, self.source.as_mut());
+                }
+                Turn::Later(_) if stop.is_none() => {}
+                turn => {
+                    slot.end(Some(zones));
+                    left += slot.len;
+                    if turn == Turn::Off && stop.is_none() {
+                        *stop = Some(Stop::Unmirrored);
+                    }
+                }
+            }
+        }
+        left
+    }
+
     /// Takes what has ended, on both sides; says how much is no longer on its way.
-    fn reap(&mut self, fresh: Fresh, tally: &mut Tally, stop: &mut Option<Stop>) -> Finished {
+    fn reap(
+        &mut self,
+        fresh: Fresh,
+        zones: Option<&Zones<Event>>,
+        tally: &mut Tally,
+        stop: &mut Option<Stop>,
+    ) -> Finished {
         let mut finished = Finished::default();
         let Self {
             source,
@@ -354,7 +434,7 @@ impl Copier {
                 Err(seen) => fail(seen),
             }
             if slot.pending == 0 {
-                finished.add(slot);
+                finished.add(slot, zones);
             } else {
                 slot.doing = Doing::Writing;
             }
@@ -369,7 +449,7 @@ impl Copier {
             }
             slot.pending = slot.pending.saturating_sub(1);
             if slot.pending == 0 {
-                finished.add(slot);
+                finished.add(slot, zones);
             }
         });
         finished

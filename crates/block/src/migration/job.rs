@@ -1,16 +1,20 @@
 //! The main flow of a migration.
 //!
 //! ```text
-//!  Preparing ─► Copying ─► first pass ─► passes while they shrink what is left
+//!  Preparing ─► Copying ─► first pass ─► passes while they shrink what is left   (`passes.rs`)
+//!                             │     │         │
+//!                             │     │         ├─ never small enough ───────────► Failed
+//!                             │     │         ├─ method auto: too slow ──┐
+//!                             │     └─ method auto: guest too fast ──────┤
+//!                             │  method mirror ────────────────────────► mirroring: one pass
+//!                             ▼                                          │   (`mirroring.rs`)
+//!               rest within the allowed pause ◄──────────────────────────┘
+//!                             │  flush the destination, open its queues, journal
 //!                             │
-//!                             ├─ never small enough ─────────────────────────► Failed
+//!                             ├─ passes, and still shrinking: one more pass, one more flush
+//!                             ├─ no daemon to be asked: passes, or mirroring, until there is one
 //!                             ▼
-//!               within the allowed pause: flush the destination, open its queues, journal
-//!                             │
-//!                             ├─ still shrinking: one more pass, one more flush
-//!                             ├─ no daemon to be asked: passes until there is one
-//!                             ▼
-//!               Suspended: gate closed, last blocks, flush ── too late ─► open, back to passes
+//!               Suspended: gate closed, last blocks, flush ── too late ─► open, back  (`switch.rs`)
 //!                             ▼
 //!               AwaitingCommit ─► committed: replace the image, open ────────► Completed
 //!                             └─► refused: open ─────────────────────────────► Failed
@@ -18,73 +22,57 @@
 //!
 //! Cancellation and failures leave from every point before AwaitingCommit; [`Pause`] opens the gate
 //! and resumes the VM however its scope is left, and its guard does if it is not left in time.
+//!
+//! [`Pause`]: super::pause::Pause
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strake_api::job::{MigrationLimits, PassReport, Phase};
+use strake_api::job::{Method, MethodReason, MigrationLimits, PassReport, Phase};
 use strake_observe::{Observation, Result, Task};
 
 use super::SwitchHooks;
-use super::control::{Ask, Control};
+use super::choice::Judge;
+use super::control::Control;
 use super::copier::{Copier, Progress, Room, Run, Stop, Tally};
 use super::journal::{Durable, Journal};
-use super::pace::{Meter, Pace, Usage, Watch, rate};
-use super::pause::{Guard, Opener, Pause};
-use super::plan::{DirtyPass, FirstPass, Fresh, Plan, allocated_bytes};
-use crate::{
-    CommitRefused, DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed,
-    NotConverging, PauseTooLong,
-};
-
-/// A pause that is not worth another pass: below it what remains is the latency of the last few
-/// requests.
-const GOOD_PAUSE: Duration = Duration::from_millis(4);
-
-/// A pass has shrunk what is left if it is below this share of what it was, in percent.
-const SHRUNK_PERCENT: u64 = 90;
-
-/// If a pass leaves more than this share of what it was, in percent, the guest has to give way: the
-/// passes would get shorter so slowly that all of them together are a burden for long.
-const PRESS_PERCENT: u64 = 60;
-
-/// Passes in a row that may fail to shrink what is left while it is too much for the pause.
-const STALLED_PASSES: u32 = 5;
-
-/// How often the switch is tried when the devices turn out too slow for the allowed pause.
-const SWITCH_ATTEMPTS: u32 = 5;
-
-/// How often a job that could switch over looks whether there is a daemon again.
-const LOOK_FOR_DAEMON: Duration = Duration::from_millis(100);
+use super::pace::{Meter, Pace, Usage, Watch};
+use super::passes::Passes;
+use super::pause::{Guard, Opener};
+use super::plan::{FirstPass, Fresh, Plan};
+use crate::live::Mirror;
+use crate::{DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed};
 
 /// How often the expected pause is told during a pass: it takes a look at the whole bitmap.
 const TELL_PAUSE: Duration = Duration::from_millis(100);
 
 pub(crate) struct Job {
-    disk: Arc<LiveDisk>,
-    source: Arc<dyn Image>,
-    destination: Arc<dyn Image>,
-    journal: Journal,
-    limits: MigrationLimits,
-    hooks: Arc<dyn SwitchHooks>,
-    control: Arc<Control>,
-    bitmap: Arc<DirtyBitmap>,
+    pub(super) disk: Arc<LiveDisk>,
+    pub(super) source: Arc<dyn Image>,
+    pub(super) destination: Arc<dyn Image>,
+    pub(super) journal: Journal,
+    pub(super) limits: MigrationLimits,
+    pub(super) hooks: Arc<dyn SwitchHooks>,
+    pub(super) control: Arc<Control>,
+    pub(super) bitmap: Arc<DirtyBitmap>,
     /// What the last pass copied: a block of it that is dirty again is hot.
-    recent: DirtyBitmap,
-    copier: Copier,
-    pace: Pace,
+    pub(super) recent: DirtyBitmap,
+    pub(super) copier: Copier,
+    pub(super) pace: Pace,
     meter: Meter,
-    opener: Opener,
+    pub(super) opener: Opener,
     guard: Guard,
-    /// How long the last flush of the destination took.
-    flush: Duration,
+    /// Whether the switch-over is prepared.
+    ready: bool,
     /// How many of the passes do not count towards the limit: all until a daemon was last waited
     /// for.
-    uncounted: u32,
+    pub(super) uncounted: u32,
+    /// How long the last flush of the destination took.
+    pub(super) flush: Duration,
 }
 
 /// How a job ends, other than by moving the disk.
-enum End {
+pub(super) enum End {
     Cancelled,
     Failed(Observation),
 }
@@ -98,23 +86,36 @@ impl From<Observation> for End {
 impl From<Stop> for End {
     fn from(stop: Stop) -> Self {
         match stop {
-            // Late comes only from a copy with a deadline, whose caller looks for it.
-            Stop::Cancelled | Stop::Late => Self::Cancelled,
+            // The others come only from copies whose caller looks for them.
+            Stop::Cancelled | Stop::Late | Stop::Unmirrored | Stop::Enough => Self::Cancelled,
             Stop::Failed(seen) => Self::Failed(seen),
         }
     }
 }
 
-/// Why a switch did not happen, though it may the next time.
-struct TooLate {
-    took: Duration,
+/// How to make a pass.
+pub(super) struct How<'a> {
+    /// How much it is to copy.
+    pub(super) planned: u64,
+    pub(super) fresh: Fresh,
+    pub(super) room: Room,
+    pub(super) deadline: Option<Instant>,
+    pub(super) mirror: Option<&'a Arc<Mirror>>,
+    /// Says whether to go on with it, and where to leave why not.
+    pub(super) judge: Option<(&'a Judge, &'a mut Option<MethodReason>)>,
 }
 
-enum Switch {
-    Done,
-    TooLate(TooLate),
-    /// Nobody is there to be asked. The guest does not wait for one.
-    NoDaemon,
+impl How<'_> {
+    pub(super) fn usual(planned: u64, room: Room) -> Self {
+        Self {
+            planned,
+            fresh: Fresh::No,
+            room,
+            deadline: None,
+            mirror: None,
+            judge: None,
+        }
+    }
 }
 
 impl Job {
@@ -149,8 +150,9 @@ impl Job {
             bitmap: Arc::new(DirtyBitmap::new(size)?),
             recent: DirtyBitmap::new(size)?,
             copier,
-            flush: Duration::ZERO,
+            ready: false,
             uncounted: 0,
+            flush: Duration::ZERO,
         })
     }
 
@@ -217,148 +219,58 @@ impl Job {
         };
         self.journal.reach(Phase::Copying, Durable::Now)?;
         self.control.update(|status| status.phase = Phase::Copying);
-        self.first_pass(fresh)?;
-
-        let mut before = u64::MAX;
-        let mut stalled = 0;
-        let mut room = Room::BesideGuest;
-        let mut attempts = 0;
-        let mut prepared = false;
-        loop {
-            self.go_on()?;
-            let mut dirty = self.bitmap.marked_bytes();
-            let mut within = self.expected_pause(dirty) <= self.allowed();
-            if within {
-                if !prepared {
-                    self.disk.prepare(&self.destination)?;
-                    self.journal.reach(Phase::Suspended, Durable::Now)?;
-                    prepared = true;
-                }
-                self.flush_destination()?;
-                // The guest went on writing meanwhile.
-                dirty = self.bitmap.marked_bytes();
-                within = self.expected_pause(dirty) <= self.allowed();
-            }
-            let shrunk = dirty < before.saturating_mul(SHRUNK_PERCENT) / 100;
-            let last = self.counted_passes() >= self.limits.max_passes;
-            let good = self.expected_pause(dirty) <= GOOD_PAUSE + self.flush;
-            // Longer than a good pause only if the guest gave way and that did not help.
-            if within && (good || last || (!shrunk && room == Room::Pressing)) {
-                match self.switch()? {
-                    Switch::Done => return Ok(()),
-                    Switch::TooLate(late) => {
-                        attempts += 1;
-                        if attempts >= SWITCH_ATTEMPTS {
-                            return Err(self.pause_too_long(attempts, &late).into());
-                        }
-                        before = u64::MAX;
-                    }
-                    Switch::NoDaemon => {
-                        self.await_daemon()?;
-                        // What is left now says nothing about how the passes did.
-                        (before, stalled) = (u64::MAX, 0);
-                        continue;
-                    }
-                }
-            } else {
-                if dirty >= before.saturating_mul(PRESS_PERCENT) / 100 {
-                    // The guest writes nearly as fast as we copy beside it, or faster.
-                    room = Room::Pressing;
-                }
-                if within || shrunk {
-                    stalled = 0;
-                    before = dirty;
-                } else {
-                    stalled += 1;
-                }
-            }
-            if !within && (stalled >= STALLED_PASSES || last) {
-                return Err(self.not_converging(dirty).into());
-            }
-            self.dirty_pass(room)?;
-        }
-    }
-
-    /// Waits until a daemon can be asked, while the guest goes on, and keeps what is left small.
-    ///
-    /// That may take hours, so the copier stays beside the guest, copies only when a good pause
-    /// would not do, and tells of its newest pass only. None of these passes is a sign that the
-    /// guest writes too fast, so the limit counts anew afterwards.
-    fn await_daemon(&mut self) -> Result<(), End> {
-        let mut told = false;
-        while !self.hooks.can_ask() {
-            self.control.rest(LOOK_FOR_DAEMON);
-            self.go_on()?;
-            let expected = self.expected_pause(self.bitmap.marked_bytes());
-            if expected <= GOOD_PAUSE + self.flush {
-                continue;
-            }
-            if std::mem::replace(&mut told, true) {
-                self.control.update(|status| {
-                    status.passes.pop();
-                });
-            }
-            self.dirty_pass(Room::BesideGuest)?;
-        }
-        self.uncounted = self.passes();
-        Ok(())
-    }
-
-    fn first_pass(&mut self, fresh: Fresh) -> Result<(), End> {
-        let size = self.disk.size();
-        let planned = allocated_bytes(self.source.as_ref(), size)?;
-        let mut plan = FirstPass::new(
+        let mut first = FirstPass::new(
             Arc::clone(&self.source),
             Arc::clone(&self.bitmap),
-            size,
+            self.disk.size(),
             fresh,
         );
-        self.pass(&mut plan, planned, fresh, Room::BesideGuest, None)?;
+        let why = if self.limits.method == Method::Mirror {
+            MethodReason::Asked
+        } else {
+            let passes = match self.limits.method {
+                Method::Dirty => MethodReason::Asked,
+                _ => MethodReason::PassesKeepUp,
+            };
+            self.uses(Method::Dirty, passes);
+            match self.first_pass(&mut first, fresh)? {
+                Some(why) => why,
+                None => match self.later_passes()? {
+                    Passes::Switched => return Ok(()),
+                    Passes::TooSlow(why) => why,
+                },
+            }
+        };
+        // What the first pass has not copied is marked, like all else that is to be copied.
+        first.only_mark();
+        if fresh == Fresh::No {
+            self.pass(&mut first, How::usual(0, Room::BesideGuest))?;
+        } else {
+            let chunk = first.next()?;
+            debug_assert!(chunk.is_none(), "a chunk of a pass that only marks");
+        }
+        self.mirror(why)
+    }
+
+    /// Does what can be done for the switch-over before it, once.
+    pub(super) fn get_ready(&mut self) -> Result<()> {
+        if !self.ready {
+            self.disk.prepare(&self.destination)?;
+            self.journal.reach(Phase::Suspended, Durable::Now)?;
+            self.ready = true;
+        }
         Ok(())
     }
 
-    /// Copies what was marked since, but for the blocks that the guest rewrites all the time:
-    /// they are left for the last pass as long as they are few.
-    fn dirty_pass(&mut self, room: Room) -> Result<(), End> {
-        let bitmap = Arc::clone(&self.bitmap);
-        let size = self.disk.size();
-        let hot = DirtyBitmap::new(size)?;
-        let mut at = 0;
-        while let Some(block) = bitmap.next_marked(at) {
-            if self.recent.is_marked(block) {
-                hot.mark(block * crate::BLOCK_BYTES, 1);
-            }
-            at = block + 1;
-        }
-        let hot_bytes = hot.marked_bytes();
-        // Few enough that the pause stays a good one.
-        let few = self.expected_pause(hot_bytes) <= GOOD_PAUSE + self.flush;
-        let leave = few.then_some(&hot);
-        let left = if few { hot_bytes } else { 0 };
-        let planned = bitmap.marked_bytes().saturating_sub(left);
-        let copied = DirtyBitmap::new(size)?;
-        let mut plan = DirtyPass::new(&bitmap, size, leave, Some(&copied));
-        self.pass(&mut plan, planned, Fresh::No, room, None)?;
-        if few {
-            // What was left stays hot.
-            let mut at = 0;
-            while let Some(block) = hot.next_marked(at) {
-                copied.mark(block * crate::BLOCK_BYTES, 1);
-                at = block + 1;
-            }
-        }
-        self.recent = copied;
-        Ok(())
-    }
-
-    fn pass(
-        &mut self,
-        plan: &mut dyn Plan,
-        planned: u64,
-        fresh: Fresh,
-        room: Room,
-        deadline: Option<Instant>,
-    ) -> Result<(), Stop> {
+    pub(super) fn pass(&mut self, plan: &mut dyn Plan, how: How<'_>) -> Result<(), Stop> {
+        let How {
+            planned,
+            fresh,
+            room,
+            deadline,
+            mirror,
+            mut judge,
+        } = how;
         let control = Arc::clone(&self.control);
         let began = Instant::now();
         control.update(|status| {
@@ -371,6 +283,17 @@ impl Job {
         });
         let elapsed_ms = || u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (bitmap, flush) = (Arc::clone(&self.bitmap), self.flush);
+        let mut interrupt = |tally: Tally| {
+            if control.is_cancelled() {
+                return Some(Stop::Cancelled);
+            }
+            if mirror.is_some_and(|mirror| !mirror.is_on()) {
+                return Some(Stop::Unmirrored);
+            }
+            let (judge, why) = judge.as_mut()?;
+            **why = judge.look(Instant::now(), tally.read, bitmap.marked_bytes());
+            why.is_some().then_some(Stop::Enough)
+        };
         let meter = &mut self.meter;
         let mut told = None;
         let mut progress = |progress: Progress| {
@@ -415,7 +338,8 @@ impl Job {
             room: &mut room,
             pace,
             deadline,
-            cancelled: &|| control.is_cancelled(),
+            zones: mirror.map(|mirror| &mirror.zones),
+            interrupt: &mut interrupt,
             progress: &mut progress,
         });
         let dirty = self.bitmap.marked_bytes();
@@ -433,81 +357,14 @@ impl Job {
         result.map(|_| ())
     }
 
-    /// Closes the gate, copies what is left, asks the daemon and does what it decides.
-    ///
-    /// The guard may open the gate at any time before the daemon is asked. What is done here is
-    /// right all the same, only in vain: it is noticed at the next look, by the question at last.
-    fn switch(&mut self) -> Result<Switch, End> {
-        self.still_there()?;
-        if !self.hooks.can_ask() {
-            return Ok(Switch::NoDaemon);
-        }
-        let pause = Pause::begin(&self.opener, self.allowed())?;
-        if !pause.drained() {
-            return Ok(self.too_late(&pause));
-        }
-        let bitmap = Arc::clone(&self.bitmap);
-        let planned = bitmap.marked_bytes();
-        let mut plan = DirtyPass::new(&bitmap, self.disk.size(), None, None);
-        let deadline = Some(pause.deadline());
-        match self.pass(&mut plan, planned, Fresh::No, Room::Alone, deadline) {
-            Ok(()) => {}
-            Err(Stop::Late) => return Ok(self.too_late(&pause)),
-            Err(stop) => return Err(stop.into()),
-        }
-        // With the gate closed and drained every change is marked, and every mark was copied.
-        let left = bitmap.marked();
-        if !pause.lasts() || left != 0 {
-            debug_assert!(!pause.lasts(), "marked while the gate was closed");
-            return Ok(self.too_late(&pause));
-        }
-        self.copier.flush()?;
-        self.still_there()?;
-        if !self.hooks.can_ask() {
-            // It went meanwhile. The pause ends with its scope, and this was one more pass.
-            return Ok(Switch::NoDaemon);
-        }
-        // Before the question, after which nothing may fail. Need not be durable: the record
-        // before it already says that the inventory knows.
-        self.journal.reach(Phase::AwaitingCommit, Durable::Later)?;
-        match self.control.ask() {
-            Ask::Asked => {}
-            Ask::Cancelled => return Err(End::Cancelled),
-            Ask::TooLate => return Ok(self.too_late(&pause)),
-        }
-        self.control
-            .update(|status| status.phase = Phase::AwaitingCommit);
-        self.hooks.await_commit(&self.control.job);
-        if self.control.decision() {
-            self.disk.replace(Arc::clone(&self.destination));
-            self.disk.end_tracking();
-            drop(pause);
-            Ok(Switch::Done)
-        } else {
-            drop(pause);
-            Err(Observation::from(CommitRefused {
-                job: self.control.job.to_string(),
-            })
-            .into())
-        }
-    }
-
-    fn too_late(&self, pause: &Pause) -> Switch {
-        pause.end();
-        let took = self.control.status().pause_ms.unwrap_or(0.0) / 1000.0;
-        Switch::TooLate(TooLate {
-            took: Duration::try_from_secs_f64(took).unwrap_or(Duration::MAX),
-        })
-    }
-
-    fn flush_destination(&mut self) -> Result<()> {
+    pub(super) fn flush_destination(&mut self) -> Result<()> {
         let began = Instant::now();
         self.copier.flush()?;
         self.flush = began.elapsed();
         Ok(())
     }
 
-    fn go_on(&self) -> Result<(), End> {
+    pub(super) fn go_on(&self) -> Result<(), End> {
         if self.control.is_cancelled() {
             return Err(End::Cancelled);
         }
@@ -515,7 +372,7 @@ impl Job {
         Ok(())
     }
 
-    fn still_there(&self) -> Result<()> {
+    pub(super) fn still_there(&self) -> Result<()> {
         if self.destination.is_removed()? {
             return Err(DestinationRemoved {
                 path: self.destination.path().to_owned(),
@@ -525,52 +382,23 @@ impl Job {
         Ok(())
     }
 
-    fn allowed(&self) -> Duration {
+    pub(super) fn allowed(&self) -> Duration {
         Duration::from_millis(self.limits.pause_ms)
     }
 
     /// How long the gate would be closed if `bytes` were left: their copy at the measured speed,
     /// and a flush like the last one.
-    fn expected_pause(&self, bytes: u64) -> Duration {
+    pub(super) fn expected_pause(&self, bytes: u64) -> Duration {
         pause_for(bytes, self.pace.throughput(), self.flush)
     }
 
-    fn passes(&self) -> u32 {
+    pub(super) fn passes(&self) -> u32 {
         u32::try_from(self.control.status().passes.len()).unwrap_or(u32::MAX)
     }
 
     /// Those that the limit is about.
-    fn counted_passes(&self) -> u32 {
+    pub(super) fn counted_passes(&self) -> u32 {
         self.passes().saturating_sub(self.uncounted)
-    }
-
-    fn not_converging(&self, dirty: u64) -> Observation {
-        let status = self.control.status();
-        let write_rate = status.passes.last().map_or(0, |pass| {
-            rate(
-                pass.dirty_after_bytes,
-                Duration::from_millis(pass.elapsed_ms.max(1)),
-            )
-        });
-        NotConverging {
-            passes: self.passes(),
-            write_rate,
-            copy_rate: self.pace.throughput(),
-            dirty,
-            expected_pause_ms: u64::try_from(self.expected_pause(dirty).as_millis())
-                .unwrap_or(u64::MAX),
-            pause_ms: self.limits.pause_ms,
-        }
-        .into()
-    }
-
-    fn pause_too_long(&self, attempts: u32, late: &TooLate) -> Observation {
-        PauseTooLong {
-            attempts,
-            took_ms: u64::try_from(late.took.as_millis()).unwrap_or(u64::MAX),
-            pause_ms: self.limits.pause_ms,
-        }
-        .into()
     }
 }
 

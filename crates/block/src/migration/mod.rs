@@ -1,4 +1,4 @@
-//! Moving a live disk to another image while the guest uses it: method `dirty`.
+//! Moving a live disk to another image while the guest uses it.
 //!
 //! # Which copy is authoritative
 //!
@@ -29,16 +29,22 @@
 //! lasts too long (`pause.rs`). Others touch it only through [`Control`]: `cancel` and `decide` set
 //! a word under its lock and wake both.
 //!
+//! * `passes`, `mirroring`: the methods; `choice`: when the first gives way to the second; `switch`:
+//!   the switch-over of both.
 //! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
 //!   which the guest waits; `control`: what the threads share; `journal`: the file.
 
+mod choice;
 mod control;
 mod copier;
 mod job;
 pub mod journal;
+mod mirroring;
 mod pace;
+mod passes;
 mod pause;
 mod plan;
+mod switch;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -83,7 +89,7 @@ pub trait SwitchHooks: Send + Sync {
     fn ended(&self, status: &MigrationStatus);
 }
 
-/// A migration with method `dirty`.
+/// A migration.
 #[derive(Debug)]
 pub struct Migration {
     control: Arc<Control>,
@@ -153,6 +159,7 @@ impl Migration {
             expected_pause_ms: None,
             pause_ms: None,
             elapsed_ms: 0,
+            method: None,
             failure: None,
         };
         let event = Arc::new(Event::new().because_of(failed)?);

@@ -10,6 +10,9 @@
 //! What was on its way still ends before the job goes on, outside of the pause, so each block is
 //! either known to be at the destination or the job fails. When the job's thread comes back and
 //! wants to ask, [`Control::ask`] refuses. Once it has asked, the guard keeps its hands off.
+//!
+//! While the disk is being mirrored the guest's writes wait for the destination outside of the pause
+//! as well. The guard bounds that too: it ends the mirroring of a destination that hangs.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -19,7 +22,7 @@ use strake_api::job::{Phase, Suspend};
 use strake_observe::{OsContext, Result, State, recorder};
 
 use super::SwitchHooks;
-use super::control::{Control, Overdue};
+use super::control::{Control, Due, Overdue};
 use crate::{LiveDisk, SwitchStalled};
 
 /// How much longer than allowed a pause lasts before the guard ends it: the job's own thread,
@@ -29,6 +32,10 @@ const GRACE: Duration = Duration::from_millis(20);
 /// The least time that vCPUs get to stand and requests inside the gate to end, however short the
 /// allowed pause.
 const LEAST_DRAIN: Duration = Duration::from_millis(50);
+
+/// How long a request of the guest may wait for the destination of a mirroring before it goes on
+/// without: a device that takes longer is not slow but hangs.
+const STALLED: Duration = Duration::from_secs(1);
 
 /// How the gate is opened, by whomever.
 #[derive(Clone)]
@@ -162,7 +169,11 @@ impl Drop for Guard {
 
 fn guard(opener: &Opener) {
     let mut told = false;
-    while let Some((why, began)) = opener.control.overdue() {
+    while let Some(due) = opener.control.due() {
+        let Due::Open(why, began) = due else {
+            opener.disk.end_stalled_mirror(STALLED);
+            continue;
+        };
         opener.open(began);
         // Once per job: five attempts on a slow device say the same five times.
         if why == Overdue::TooLong && !told {

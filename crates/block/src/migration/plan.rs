@@ -33,6 +33,16 @@ pub(crate) enum Chunk {
     Zero { offset: u64, len: u64 },
 }
 
+impl Chunk {
+    /// How many bytes it moves.
+    pub(crate) fn len(&self) -> u64 {
+        match self {
+            Self::Copy { len, .. } => *len,
+            Self::Zero { .. } => 0,
+        }
+    }
+}
+
 /// The chunks of one pass, in ascending order.
 pub(crate) trait Plan {
     /// The next chunk; none when the pass is complete.
@@ -55,8 +65,17 @@ pub(crate) struct FirstPass {
     bitmap: Arc<DirtyBitmap>,
     size: u64,
     fresh: Fresh,
+    data: Data,
     at: u64,
     ahead: VecDeque<Ahead>,
+}
+
+/// What the first pass does with data. Holes are made zeroes either way, unless they are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Data {
+    Copy,
+    /// Marks it as what is to be copied.
+    Mark,
 }
 
 #[derive(Debug)]
@@ -77,9 +96,15 @@ impl FirstPass {
             bitmap,
             size,
             fresh,
+            data: Data::Copy,
             at: 0,
             ahead: VecDeque::new(),
         }
+    }
+
+    /// From here on data is not copied any more but marked in the bitmap, for a mirror to copy.
+    pub(crate) fn only_mark(&mut self) {
+        self.data = Data::Mark;
     }
 
     /// Looks for the next allocated range. Data is taken in whole blocks, so that a block is
@@ -113,11 +138,17 @@ impl FirstPass {
 
 impl Plan for FirstPass {
     fn next(&mut self) -> Result<Option<Chunk>> {
-        if self.ahead.is_empty() {
-            self.look()?;
-        }
-        let Some(ahead) = self.ahead.pop_front() else {
-            return Ok(None);
+        let ahead = loop {
+            if self.ahead.is_empty() {
+                self.look()?;
+            }
+            match self.ahead.pop_front() {
+                None => return Ok(None),
+                Some(Ahead::Data(data)) if self.data == Data::Mark => {
+                    self.bitmap.mark(data.start, data.end - data.start);
+                }
+                Some(ahead) => break ahead,
+            }
         };
         match ahead {
             // The bits of a hole stay as they are: what the guest writes into it from now on is
@@ -214,6 +245,51 @@ impl Plan for DirtyPass<'_> {
                     copied.mark(block * BLOCK_BYTES, 1);
                 }
             }
+        }
+        self.at = end;
+        let offset = first * BLOCK_BYTES;
+        Ok(Some(Chunk::Copy {
+            offset,
+            len: (end * BLOCK_BYTES).min(self.size) - offset,
+            wanted,
+        }))
+    }
+}
+
+/// The pass of a mirror: what is marked. The bits are cleared when the copier has its turn.
+#[derive(Debug)]
+pub(crate) struct MirrorPass<'a> {
+    bitmap: &'a DirtyBitmap,
+    size: u64,
+    at: u64,
+}
+
+impl<'a> MirrorPass<'a> {
+    pub(crate) fn new(bitmap: &'a DirtyBitmap, size: u64) -> Self {
+        Self {
+            bitmap,
+            size,
+            at: 0,
+        }
+    }
+}
+
+impl Plan for MirrorPass<'_> {
+    fn next(&mut self) -> Result<Option<Chunk>> {
+        let Some(first) = self.bitmap.next_marked(self.at) else {
+            return Ok(None);
+        };
+        let blocks = CHUNK_BYTES / BLOCK_BYTES;
+        let most = (first - first % blocks + blocks).min(self.bitmap.blocks());
+        let mut wanted = 0;
+        let mut end = first;
+        let mut look = first;
+        while look < most && look - end <= GAP_BLOCKS {
+            if self.bitmap.is_marked(look) {
+                wanted += self.bitmap.block_len(look);
+                end = look + 1;
+            }
+            look += 1;
         }
         self.at = end;
         let offset = first * BLOCK_BYTES;

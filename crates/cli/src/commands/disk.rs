@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
-use strake_api::job::{MigrationLimits, Suspend};
+use strake_api::job::{Method, MigrationLimits, Suspend};
 use strake_api::rest::MigrateDisk;
 use strake_api::spec::Bytes;
 use strake_observe::Result;
@@ -33,6 +33,7 @@ pub enum Disk {
 Examples:
   strake disk migrate web1 root --to fast
   strake disk migrate web1 root --to fast --pause-ms 50 --rate 200M
+  strake disk migrate web1 root --to fast --method mirror
   strake disk migrate web1 root --to fast --detach --json | jq -r .status.job
 
 Ctrl-C leaves the client, not the job: `strake jobs wait ID` watches it again,
@@ -61,6 +62,10 @@ pub struct Migrate {
     #[arg(long, value_name = "BYTES", value_parser = rate)]
     pub rate: Option<Bytes>,
 
+    /// How the disk is moved
+    #[arg(long, value_enum, default_value_t = How::Auto)]
+    pub method: How,
+
     /// What stops for the switch-over
     #[arg(long, value_enum, default_value_t = Stops::Disk)]
     pub suspend: Stops,
@@ -80,6 +85,17 @@ pub struct Migrate {
     /// How long to wait for the daemon if it goes away meanwhile
     #[arg(long, value_name = "SECONDS", default_value_t = super::jobs::PATIENCE_S)]
     pub patience: u64,
+}
+
+/// How the disk is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum How {
+    /// Like dirty, and on to mirror when the guest writes too fast for it
+    Auto,
+    /// Copy again what was written meanwhile, until little is left
+    Dirty,
+    /// Copy once, and write what is copied already on both sides
+    Mirror,
 }
 
 /// What stops for the switch-over.
@@ -106,6 +122,11 @@ async fn migrate(args: Migrate, context: &Context) -> Result<Exit> {
             suspend: match args.suspend {
                 Stops::Disk => Suspend::Disk,
                 Stops::Vm => Suspend::Vm,
+            },
+            method: match args.method {
+                How::Auto => Method::Auto,
+                How::Dirty => Method::Dirty,
+                How::Mirror => Method::Mirror,
             },
             ..MigrationLimits::default()
         },

@@ -123,6 +123,11 @@ fn text(job: &Job) -> String {
         job.to,
         job::line(job)
     );
+    if let Some(method) = job::method(job) {
+        out.push_str("method ");
+        out.push_str(&method);
+        out.push('\n');
+    }
     if !job.status.passes.is_empty() {
         out.push('\n');
         out.push_str(&job::passes(job));

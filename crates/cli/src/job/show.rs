@@ -1,6 +1,6 @@
 //! A job as text.
 
-use strake_api::job::{PassReport, Phase};
+use strake_api::job::{Method, PassReport, Phase};
 use strake_api::rest::Job;
 
 use crate::output::{Align, Table, printable};
@@ -58,6 +58,7 @@ fn with_speed(job: &Job, speed: Option<u64>) -> String {
     let phase = match status.phase {
         Phase::Preparing => "preparing".to_owned(),
         Phase::Copying => match status.passes.last() {
+            Some(pass) if mirrors(job) => format!("mirroring, pass {}", pass.number),
             Some(pass) => format!("pass {}", pass.number),
             None => "copying".to_owned(),
         },
@@ -88,6 +89,21 @@ fn with_speed(job: &Job, speed: Option<u64>) -> String {
         parts.push(format!("pause ~{pause:.0} ms"));
     }
     parts.join(", ")
+}
+
+fn mirrors(job: &Job) -> bool {
+    let used = job.status.method.as_deref();
+    used.is_some_and(|used| used.method == Method::Mirror)
+}
+
+/// Which method is or was in use and why, in one line.
+pub(crate) fn method(job: &Job) -> Option<String> {
+    let used = job.status.method.as_deref()?;
+    let mut text = format!("{}: {}", used.method.name(), used.why);
+    if used.mirrored_bytes > 0 {
+        text += &format!("; {} mirrored", bytes(used.mirrored_bytes));
+    }
+    Some(printable(&text))
 }
 
 /// The passes as a table.
@@ -139,7 +155,7 @@ pub(crate) fn summary(job: &Job) -> String {
 
 #[cfg(test)]
 mod tests {
-    use strake_api::job::{JobId, MigrationStatus};
+    use strake_api::job::{JobId, MethodReason, MethodUsed, MigrationStatus};
 
     use super::*;
 
@@ -159,6 +175,7 @@ mod tests {
                 expected_pause_ms: Some(41.7),
                 pause_ms: None,
                 elapsed_ms: 1500,
+                method: None,
                 failure: None,
             },
         }
@@ -186,6 +203,31 @@ mod tests {
             bar(&job, Some(1 << 20)),
             "[==>       ] pass 2, 10.0 MiB/40.0 MiB, 1.00 MiB/s, 30.0 MiB left, pause ~42 ms"
         );
+    }
+
+    #[test]
+    fn the_method_in_use_and_its_reason_are_told() {
+        let mut job = job(Phase::Copying, vec![pass(2, 40 << 20, 10 << 20)]);
+        assert_eq!(method(&job), None);
+        job.status.method = Some(Box::new(MethodUsed {
+            method: Method::Mirror,
+            why: MethodReason::WritesTooFast {
+                write_rate: 300 << 20,
+                copy_rate: 400 << 20,
+            },
+            mirrored_bytes: 0,
+        }));
+        assert!(line(&job).starts_with("mirroring, pass 2, "));
+        assert_eq!(
+            method(&job).unwrap(),
+            "mirror: the guest dirties 300 MiB/s, 400 MiB/s are copied"
+        );
+        job.status.method = Some(Box::new(MethodUsed {
+            method: Method::Mirror,
+            why: MethodReason::Asked,
+            mirrored_bytes: 5 << 20,
+        }));
+        assert_eq!(method(&job).unwrap(), "mirror: as asked; 5.00 MiB mirrored");
     }
 
     #[test]

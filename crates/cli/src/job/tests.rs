@@ -21,6 +21,7 @@ fn at(elapsed_ms: u64, read_bytes: u64) -> Job {
             expected_pause_ms: None,
             pause_ms: None,
             elapsed_ms,
+            method: None,
             failure: None,
         },
     }

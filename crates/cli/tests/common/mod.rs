@@ -475,6 +475,7 @@ pub(crate) fn job(phase: Phase) -> Job {
             expected_pause_ms: Some(40.0),
             pause_ms: (phase == Phase::Completed).then_some(38.25),
             elapsed_ms: 1500,
+            method: None,
             failure: (phase == Phase::Failed).then(observation),
         },
     }

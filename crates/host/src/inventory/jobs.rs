@@ -230,6 +230,7 @@ impl Inventory {
                 expected_pause_ms: None,
                 pause_ms: None,
                 elapsed_ms: 0,
+                method: None,
                 failure: None,
             };
             tx.execute(

@@ -73,6 +73,7 @@ fn job(passes: usize, failure: Option<Observation>) -> MigrationStatus {
         expected_pause_ms: None,
         pause_ms: None,
         elapsed_ms: 0,
+        method: None,
         failure,
     }
 }
