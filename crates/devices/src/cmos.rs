@@ -62,7 +62,8 @@ impl Registers for Cmos {
     }
 
     fn set_registers(&self, saved: SavedCmos) -> Result<()> {
-        self.index.store(saved.index & INDEX_BITS, Ordering::Relaxed);
+        self.index
+            .store(saved.index & INDEX_BITS, Ordering::Relaxed);
         *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = saved.memory;
         Ok(())
     }

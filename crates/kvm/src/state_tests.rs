@@ -85,7 +85,11 @@ fn a_guest_goes_on_in_another_vm_where_it_was() {
     feed(&mut new, 4);
     let memory = ram.ram().memory();
     let read = |at| memory.read_obj::<u8>(GuestAddress(at)).unwrap();
-    assert_eq!((read(0x2000), read(0x2002)), (3, 3), "the third answer arrived, once");
+    assert_eq!(
+        (read(0x2000), read(0x2002)),
+        (3, 3),
+        "the third answer arrived, once"
+    );
     feed(&mut new, 5);
     assert_eq!((read(0x2000), read(0x2002)), (4, 4));
     let again = new_vm.save().unwrap();
@@ -108,7 +112,9 @@ fn what_makes_no_sense_is_refused() {
     let damage: [(&str, fn(&mut SavedVcpu)); 5] = [
         ("registers", |saved| saved.regs.0.truncate(7)),
         ("local APIC", |saved| saved.lapic = Blob(Vec::new())),
-        ("extended registers", |saved| saved.xsave = Some(Blob(vec![0; 17]))),
+        ("extended registers", |saved| {
+            saved.xsave = Some(Blob(vec![0; 17]))
+        }),
         ("CPU features", |saved| saved.cpuid.0.extend([0; 7])),
         ("model-specific registers", |saved| {
             saved.msrs.push(SavedMsr {

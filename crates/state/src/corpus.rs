@@ -15,7 +15,7 @@ pub struct Sample {
     version: u16,
     bytes: Vec<u8>,
     /// Reads the stored bytes of a version; says what does not fit.
-    read: Box<dyn Fn(&[u8], u16) -> Result<(), String>>,
+    read: Reader,
 }
 
 impl std::fmt::Debug for Sample {
@@ -23,6 +23,8 @@ impl std::fmt::Debug for Sample {
         f.debug_struct("Sample").field("kind", &self.kind).finish()
     }
 }
+
+type Reader = Box<dyn Fn(&[u8], u16) -> Result<(), String>>;
 
 const COMPONENT: &str = "stored";
 
@@ -80,7 +82,10 @@ pub fn check(folder: &Path, samples: &[Sample]) {
                 panic!("{} is not hexadecimal", path.display());
             };
             if let Err(why) = (sample.read)(&bytes, version) {
-                panic!("the stored record {} is not understood: {why}", path.display());
+                panic!(
+                    "the stored record {} is not understood: {why}",
+                    path.display()
+                );
             }
             if version == sample.version {
                 assert!(
@@ -97,7 +102,10 @@ pub fn check(folder: &Path, samples: &[Sample]) {
         names.collect::<Vec<_>>()
     });
     for name in found.unwrap_or_default() {
-        assert!(expected.contains(&name), "nobody reads the stored record {name}");
+        assert!(
+            expected.contains(&name),
+            "nobody reads the stored record {name}"
+        );
     }
 }
 

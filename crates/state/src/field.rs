@@ -43,7 +43,10 @@ impl<'a> Fields<'a> {
             let (number, after) = rest.split_first_chunk::<2>().ok_or_else(cut)?;
             let number = u16::from_le_bytes(*number);
             let (value, after) = take_sized(after).ok_or_else(cut)?;
-            if fields.last_key_value().is_some_and(|(last, _)| *last >= number) {
+            if fields
+                .last_key_value()
+                .is_some_and(|(last, _)| *last >= number)
+            {
                 return Err(Malformed::new(format!("field {number} is out of order")));
             }
             fields.insert(number, value);
@@ -74,7 +77,9 @@ impl<'a> Fields<'a> {
             ))),
             None if self.version < since => otherwise()
                 .ok_or_else(|| Malformed::new(format!("field {number} ({name}) has no default"))),
-            None => Err(Malformed::new(format!("field {number} ({name}) is missing"))),
+            None => Err(Malformed::new(format!(
+                "field {number} ({name}) is missing"
+            ))),
         }
     }
 

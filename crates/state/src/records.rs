@@ -60,7 +60,9 @@ impl Records {
             return Err(refused("its record is too long"));
         }
         if component.len() > NAME_LIMIT || self.0.len() >= RECORD_LIMIT {
-            return Err(refused("its name is too long, or there are too many records"));
+            return Err(refused(
+                "its name is too long, or there are too many records",
+            ));
         }
         let record = Record {
             version: T::VERSION,
@@ -105,6 +107,13 @@ impl Records {
             .contains_key(&(component.to_owned(), T::KIND.to_owned()))
     }
 
+    /// Adds a record of any form, as a damaged or hostile process may send it.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn put_any(&mut self, component: &str, kind: &str, version: u16, payload: Vec<u8>) {
+        let key = (component.to_owned(), kind.to_owned());
+        self.0.insert(key, Record { version, payload });
+    }
+
     /// Makes sure that every record was taken.
     ///
     /// # Errors
@@ -128,7 +137,11 @@ impl Records {
         let mut out = MAGIC.to_vec();
         out.extend(FORMAT.to_le_bytes());
         out.extend([0; 2]);
-        out.extend(u32::try_from(self.0.len()).unwrap_or(u32::MAX).to_le_bytes());
+        out.extend(
+            u32::try_from(self.0.len())
+                .unwrap_or(u32::MAX)
+                .to_le_bytes(),
+        );
         for ((component, kind), record) in &self.0 {
             let at = out.len();
             for text in [component, kind] {

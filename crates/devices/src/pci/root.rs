@@ -269,25 +269,33 @@ impl Component for PciRoot {
     }
 
     fn start(&self) -> Result<()> {
-        self.phase
-            .step(&self.name, "start", (Phase::Prepared, Phase::Running), || {
-                self.bridge.start()
-            })
+        self.phase.step(
+            &self.name,
+            "start",
+            (Phase::Prepared, Phase::Running),
+            || self.bridge.start(),
+        )
     }
 
     fn quiesce(&self) -> Result<()> {
-        self.phase
-            .step(&self.name, "quiesce", (Phase::Running, Phase::Quiesced), || {
-                self.bridge.quiesce()
-            })
+        self.phase.step(
+            &self.name,
+            "quiesce",
+            (Phase::Running, Phase::Quiesced),
+            || self.bridge.quiesce(),
+        )
     }
 
     fn resume(&self) -> Result<()> {
-        self.phase
-            .step(&self.name, "resume", (Phase::Quiesced, Phase::Running), || {
+        self.phase.step(
+            &self.name,
+            "resume",
+            (Phase::Quiesced, Phase::Running),
+            || {
                 self.look_at_bars();
                 self.bridge.resume()
-            })
+            },
+        )
     }
 
     fn save(&self, records: &mut Records) -> Result<()> {
@@ -303,7 +311,8 @@ impl Component for PciRoot {
             (Phase::Prepared, Phase::Quiesced),
             || {
                 let saved: SavedPciRoot = records.take(&self.name)?;
-                self.address.store(saved.address & ADDRESS_BITS, Ordering::Relaxed);
+                self.address
+                    .store(saved.address & ADDRESS_BITS, Ordering::Relaxed);
                 self.bridge.restore(records)
             },
         )

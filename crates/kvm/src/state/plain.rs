@@ -56,7 +56,13 @@ pub(super) fn value<T: Plain>(blob: &Blob) -> Option<T> {
 
 /// Its bytes: the kernel's 4 KiB, without the room for more that the Rust type may have.
 pub(super) fn xsave_bytes(xsave: &kvm_xsave) -> Blob {
-    Blob(xsave.region.iter().flat_map(|word| word.to_le_bytes()).collect())
+    Blob(
+        xsave
+            .region
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect(),
+    )
 }
 
 /// The structure that these bytes are.

@@ -15,9 +15,7 @@ pub(super) fn offset(vcpu: &VcpuFd) -> Option<u64> {
     let attribute = attribute(&raw mut offset);
     // SAFETY: the call reads the attribute and writes eight bytes to the address in it, which is
     // that of a live number of eight bytes.
-    let done = unsafe {
-        libc::ioctl(vcpu.as_raw_fd(), KVM_GET_DEVICE_ATTR, &raw const attribute)
-    };
+    let done = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_DEVICE_ATTR, &raw const attribute) };
     (done == 0).then_some(offset)
 }
 
@@ -26,9 +24,7 @@ pub(super) fn set_offset(vcpu: &VcpuFd, offset: u64) -> bool {
     let mut offset = offset;
     let attribute = attribute(&raw mut offset);
     // SAFETY: the call reads the attribute and eight bytes from the address in it.
-    let done = unsafe {
-        libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &raw const attribute)
-    };
+    let done = unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR, &raw const attribute) };
     done == 0
 }
 

@@ -88,7 +88,9 @@ impl Vcpu {
     /// Finds out which model-specific registers there are to save. Takes long the first time, so
     /// it is called before anybody waits.
     pub fn prepare_save(&self) {
-        self.vm.msrs.get_or_init(|| readable(&self.fd, &self.vm.msr_list));
+        self.vm
+            .msrs
+            .get_or_init(|| readable(&self.fd, &self.vm.msr_list));
     }
 
     /// What it is now. The thread that runs it calls this after [`Vcpu::finish_exit`].
@@ -104,7 +106,9 @@ impl Vcpu {
         // First: the guest sees no time pass between this and its next entry.
         let tsc_offset = tsc::offset(fd);
         let taken_at_ns = monotonic_ns();
-        let mut msrs = self.read_msrs().because_of(|| refused("model-specific registers"))?;
+        let mut msrs = self
+            .read_msrs()
+            .because_of(|| refused("model-specific registers"))?;
         let tsc = msrs.iter().position(|msr| msr.index == MSR_TSC);
         let tsc = tsc.map_or(0, |at| msrs.remove(at).value);
         let xsave = can
@@ -169,7 +173,9 @@ impl Vcpu {
         let name = format!("vCPU {}", self.index());
         let refused = |what: &str| self.refused("take over", what);
         let fd = &self.fd;
-        if let Some(mp_state) = self.part::<kvm_mp_state>(saved.mp_state.as_ref(), "state among CPUs")? {
+        if let Some(mp_state) =
+            self.part::<kvm_mp_state>(saved.mp_state.as_ref(), "state among CPUs")?
+        {
             fd.set_mp_state(mp_state)
                 .os("KVM_SET_MP_STATE", &name)
                 .because_of(|| refused("state among CPUs"))?;
@@ -194,12 +200,16 @@ impl Vcpu {
                 .os("KVM_SET_XSAVE", &name)
                 .because_of(|| refused("extended registers"))?;
         }
-        if let Some(xcrs) = self.part::<kvm_xcrs>(saved.xcrs.as_ref(), "extended control registers")? {
+        if let Some(xcrs) =
+            self.part::<kvm_xcrs>(saved.xcrs.as_ref(), "extended control registers")?
+        {
             fd.set_xcrs(&xcrs)
                 .os("KVM_SET_XCRS", &name)
                 .because_of(|| refused("extended control registers"))?;
         }
-        if let Some(debugregs) = self.part::<kvm_debugregs>(saved.debugregs.as_ref(), "debug registers")? {
+        if let Some(debugregs) =
+            self.part::<kvm_debugregs>(saved.debugregs.as_ref(), "debug registers")?
+        {
             fd.set_debug_regs(&debugregs)
                 .os("KVM_SET_DEBUGREGS", &name)
                 .because_of(|| refused("debug registers"))?;
@@ -211,7 +221,9 @@ impl Vcpu {
         }
         self.restore_msrs(saved)
             .because_of(|| refused("model-specific registers"))?;
-        if let Some(events) = self.part::<kvm_vcpu_events>(saved.events.as_ref(), "pending events")? {
+        if let Some(events) =
+            self.part::<kvm_vcpu_events>(saved.events.as_ref(), "pending events")?
+        {
             fd.set_vcpu_events(&events)
                 .os("KVM_SET_VCPU_EVENTS", &name)
                 .because_of(|| refused("pending events"))?;
@@ -239,7 +251,10 @@ impl Vcpu {
 
     /// The TSC comes first, its deadline last: a deadline is compared with it when it is set.
     fn restore_msrs(&self, saved: &SavedVcpu) -> Result<()> {
-        if !saved.tsc_offset.is_some_and(|offset| tsc::set_offset(&self.fd, offset)) {
+        if !saved
+            .tsc_offset
+            .is_some_and(|offset| tsc::set_offset(&self.fd, offset))
+        {
             let passed = monotonic_ns().saturating_sub(saved.taken_at_ns);
             let ticks = u128::from(passed) * u128::from(saved.tsc_khz) / 1_000_000;
             let ticks = u64::try_from(ticks).unwrap_or(0);
@@ -359,7 +374,9 @@ fn readable(fd: &VcpuFd, list: &[u32]) -> Vec<u32> {
     let mut known = Vec::with_capacity(all.len());
     let mut rest = all.as_slice();
     while !rest.is_empty() {
-        let now = rest.get(..rest.len().min(KVM_MAX_MSR_ENTRIES)).unwrap_or_default();
+        let now = rest
+            .get(..rest.len().min(KVM_MAX_MSR_ENTRIES))
+            .unwrap_or_default();
         let read = entries(now.iter().map(|index| (*index, 0)))
             .and_then(|mut msrs| fd.get_msrs(&mut msrs).ok())
             .unwrap_or(0);

@@ -40,8 +40,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::common::Driver;
 pub use self::interrupt::ConfigSignal;
-pub use self::saved::{SavedQueue, SavedVirtioPci};
 pub(crate) use self::interrupt::Interrupter;
+pub use self::saved::{SavedQueue, SavedVirtioPci};
 use super::VirtioDevice;
 use super::worker::{Fault, QUIESCE_BOUND};
 use crate::interrupt::{Doorbells, MsiBroker};

@@ -8,8 +8,8 @@ use std::sync::atomic::Ordering;
 use strake_observe::{Observation, Result};
 use strake_state::observations::ShapeDiffers;
 
-use super::common::{DRIVER_OK, From, QueueSetup};
 use super::VirtioPci;
+use super::common::{DRIVER_OK, From, QueueSetup};
 use crate::pci::{CONFIG_SIZE, SavedVector};
 use crate::virtio::VirtioDevice;
 
@@ -71,7 +71,10 @@ strake_state::saved! {
     }
 }
 
-const _: () = assert!(CONFIG_SIZE == 256, "a record's field has this size for ever");
+const _: () = assert!(
+    CONFIG_SIZE == 256,
+    "a record's field has this size for ever"
+);
 
 impl<D: VirtioDevice> VirtioPci<D> {
     /// While the workers stand still.
@@ -170,14 +173,19 @@ impl<D: VirtioDevice> VirtioPci<D> {
         };
         let device = self.device.kind().id;
         if saved.device != device {
-            return differs("device number", saved.device.to_string(), device.to_string());
+            return differs(
+                "device number",
+                saved.device.to_string(),
+                device.to_string(),
+            );
         }
         let offered = self.offered();
         if saved.offered & !offered != 0 || saved.accepted & !saved.offered != 0 {
             let show = |features: u64| format!("{features:#x}");
             return differs("the features", show(saved.offered), show(offered));
         }
-        let limits = |queues: &mut dyn Iterator<Item = u16>| format!("{:?}", queues.collect::<Vec<_>>());
+        let limits =
+            |queues: &mut dyn Iterator<Item = u16>| format!("{:?}", queues.collect::<Vec<_>>());
         let theirs = limits(&mut saved.queues.iter().map(|queue| queue.limit));
         let ours = limits(&mut self.driver().queues.iter().map(|queue| queue.limit));
         if theirs != ours {
