@@ -109,7 +109,8 @@ fn what_makes_no_sense_is_refused() {
     let (_vm, vcpu, ram) = vm(&kvm, &memfd);
     begin(&vcpu, &ram);
     let saved = vcpu.save().unwrap();
-    let damage: [(&str, fn(&mut SavedVcpu)); 5] = [
+    type Damage = (&'static str, fn(&mut SavedVcpu));
+    let damage: [Damage; 5] = [
         ("registers", |saved| saved.regs.0.truncate(7)),
         ("local APIC", |saved| saved.lapic = Blob(Vec::new())),
         ("extended registers", |saved| {
