@@ -6,7 +6,10 @@ use std::sync::Arc;
 
 use strake_observe::{Observation, OsContext, Result};
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
 use crate::observations::{MapFailed, MemfdRefused, SizeRefused};
 use crate::{GuestMemory, HIGH_RAM_START, LOW_RAM_END, RAM_MAX, RAM_UNIT, Ram};
@@ -85,6 +88,23 @@ impl GuestRam {
     #[must_use]
     pub fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    /// The memfd once more, for another process that maps the same memory.
+    ///
+    /// # Errors
+    /// The process has no descriptor left.
+    pub fn memfd(&self) -> Result<OwnedFd> {
+        let memory = self.ram.memory();
+        let file = memory
+            .iter()
+            .next()
+            .and_then(GuestMemoryRegion::file_offset);
+        let copy = match file {
+            Some(file) => file.file().try_clone(),
+            None => Err(std::io::ErrorKind::NotFound.into()),
+        };
+        Ok(copy.os("dup", "the memfd of guest RAM")?.into())
     }
 
     /// Bytes of RAM.
