@@ -23,6 +23,7 @@ mod build;
 pub mod control;
 mod descriptors;
 mod handover;
+mod images;
 mod jobs;
 mod machine;
 mod mailbox;
