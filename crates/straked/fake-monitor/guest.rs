@@ -7,7 +7,8 @@ use std::process::{abort, exit};
 use std::sync::Arc;
 
 use strake_api::control::{
-    BootConfig, DiskCounters, DiskStatus, Event, ExitReason, FdIndex, Lent, MachineConfig, Reply, Request, RunState, VmStatus,
+    BootConfig, DiskCounters, DiskStatus, Event, ExitReason, FdIndex, Lent, MachineConfig, Reply,
+    Request, RunState, VmStatus,
 };
 
 use strake_block::Image;

@@ -120,7 +120,11 @@ impl Monitor {
         let ready = |index: usize| ready.get(index).copied().unwrap_or(false);
         let first_console = 1 + usize::from(self.daemon.is_some());
         let runs = |m: &&Machine| matches!(m.place, guest::Place::Here | guest::Place::Arrived);
-        let consoles = self.machine.as_ref().filter(runs).map_or(0, |m| m.consoles.len());
+        let consoles = self
+            .machine
+            .as_ref()
+            .filter(runs)
+            .map_or(0, |m| m.consoles.len());
         let spoken: Vec<usize> = (0..consoles)
             .filter(|index| ready(first_console + index))
             .collect();
@@ -194,7 +198,10 @@ impl Monitor {
             return;
         };
         let retired = request == Request::Retire
-            && self.machine.as_ref().is_some_and(|m| m.place == guest::Place::Given);
+            && self
+                .machine
+                .as_ref()
+                .is_some_and(|m| m.place == guest::Place::Given);
         let dismissed = request == Request::Dismiss || retired;
         let lends = request == Request::Lend;
         let reply = self.answer(request, received.fds, version);
@@ -208,7 +215,11 @@ impl Monitor {
             id: received.packet.id,
             body: Body::Reply(reply),
         };
-        let lent = self.machine.as_ref().filter(|_| lends).and_then(Machine::lend);
+        let lent = self
+            .machine
+            .as_ref()
+            .filter(|_| lends)
+            .and_then(Machine::lend);
         let sent = match lent {
             Some((lent, fds)) => {
                 let body = Body::Reply(Reply::Lent(lent));

@@ -166,7 +166,9 @@ fn a_daemon_that_dies_anywhere_leaves_one_that_runs() {
             world.start_daemon();
             // Who had the guest when the daemon died.
             let committed = POINTS.iter().position(|point| point == at)
-                >= POINTS.iter().position(|point| *point == "after-handover-commit");
+                >= POINTS
+                    .iter()
+                    .position(|point| *point == "after-handover-commit");
             let lost = match dies {
                 Dies::Nobody => false,
                 Dies::First => !committed,

@@ -240,14 +240,23 @@ impl Host {
             .call("take over", Request::TakeOver, &[], QUICK);
         crash::point("after-take-over");
         // On its socket the next daemon, and this one after a loss, looks for the VM's monitor.
-        let (next, socket) = (self.config.next_socket(name), self.config.control_socket(name));
+        let (next, socket) = (
+            self.config.next_socket(name),
+            self.config.control_socket(name),
+        );
         let renamed = std::fs::rename(&next, &socket).os("rename", next.display());
         crash::point("after-socket-renamed");
         let stop_asked = cell.change(|live| {
             live.trouble = None;
             live.stop_asked
         });
-        watch.adopt(cell, Arc::clone(&monitor), Some(events), Recorded::Yes, |_| {});
+        watch.adopt(
+            cell,
+            Arc::clone(&monitor),
+            Some(events),
+            Recorded::Yes,
+            |_| {},
+        );
         drop(retired);
         if let Err(seen) = renamed {
             note(seen); // The monitor is reached over the connection that there is.
@@ -419,14 +428,21 @@ impl Host {
         let name = record.name.as_str();
         match Process::find(pid, started) {
             Ok(Some(other)) => {
-                tracing::info!(vm = name, pid, "ends a monitor that does not have the guest");
+                tracing::info!(
+                    vm = name,
+                    pid,
+                    "ends a monitor that does not have the guest"
+                );
                 other.kill();
                 other.wait(END_PATIENCE);
             }
             Ok(None) => {}
             Err(seen) => return note(seen), // It may live: nothing is changed.
         }
-        let (next, socket) = (self.config.next_socket(name), self.config.control_socket(name));
+        let (next, socket) = (
+            self.config.next_socket(name),
+            self.config.control_socket(name),
+        );
         let at_next = Connection::open_within(&next, QUICK);
         let is_next = at_next.is_ok_and(|(_, greeting, _)| {
             greeting.pid.is_some() && greeting.pid == record.process.map(|(pid, _)| pid)
