@@ -265,6 +265,9 @@ pub struct MachineConfig {
     pub console: ConsoleKind,
     /// The file that the output of both consoles is appended to.
     pub console_log: FdIndex,
+    /// An empty file that outlives the monitor, for its last observations.
+    #[serde(default)]
+    pub observations: Option<FdIndex>,
 }
 
 /// The guest's RAM: one memfd, mapped below and above the hole under 4 GiB.
