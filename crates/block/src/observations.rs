@@ -236,6 +236,14 @@ strake_observe::catalog! {
     text "job {job} can no longer be cancelled: its commit is being decided";
     remedy "wait for the job to end, then migrate the disk back if it must be";
 
+    /// A job was to be paused when its outcome was no longer the monitor's to decide.
+    PauseTooLate("block.pause-too-late") {
+        /// The job.
+        job: String,
+    }
+    text "job {job} can no longer be paused: its commit is being decided";
+    remedy "wait for the job to end: that is a matter of moments";
+
     /// The journal beside the destination cannot be written.
     JournalUnwritable("block.journal-unwritable") {
         /// The path of the destination.

@@ -10,6 +10,7 @@ use strake_api::control::{
     DiskCounters, DiskStatus, Event, ExitReason, FdIndex, MachineConfig, Reply, Request, RunState,
     VmStatus,
 };
+use strake_api::job::Progress;
 
 use crate::jobs::{Job, Order};
 use crate::{buffered, read_some, say, staged};
@@ -156,6 +157,9 @@ impl Machine {
                 None => Reply::Failed(staged("no such job")),
             },
             Request::CancelJob { job } => self.cancel(&job, &mut events),
+            Request::PauseJob { job } => self.paused(&job, Progress::Paused),
+            Request::ResumeJob { job } => self.paused(&job, Progress::On),
+            Request::SetJob { job, change } => self.set(&job, &change),
             Request::JobDecision { job, committed } => self.decided(&job, committed, &mut events),
             Request::Hello { .. } | Request::Configure(_) | Request::Stop | Request::Dismiss => {
                 Reply::Done

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use strake_api::control::DiskCounters;
 use strake_observe::{Observation, Result};
 
+use super::latency::Meter;
 use super::mirror::{Half, Mirror};
 use super::{DiskQueue, Gate};
 use crate::{Access, DirtyBitmap, Event, Image, ImageQueue, Operation};
@@ -39,6 +40,7 @@ pub struct LiveDisk {
     /// Whether a migration has the disk; there is one at a time.
     migrating: Mutex<bool>,
     pub(super) counters: Counters,
+    pub(super) latency: Meter,
 }
 
 /// What a queue shares with whoever replaces the image.
@@ -97,6 +99,7 @@ impl LiveDisk {
             observed: Mutex::new((None, 0)),
             migrating: Mutex::new(false),
             counters: Counters::default(),
+            latency: Meter::default(),
         })
     }
 
@@ -196,6 +199,16 @@ impl LiveDisk {
         (ended, self.gate.inside())
     }
 
+    /// How long the guest's reads and writes took in the mean until now, if there were any.
+    pub(crate) fn latency(&self) -> Option<Duration> {
+        self.latency.mean()
+    }
+
+    /// How long all measured ones took, in nanoseconds, and how many they are; both wrap.
+    pub(crate) fn measured(&self) -> (u64, u64) {
+        self.latency.measured()
+    }
+
     pub(super) fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
     }
@@ -253,11 +266,13 @@ impl LiveDisk {
     /// now finds the bitmap when it ends; a write that ended before this call and found none had
     /// reached the image by then, so whoever reads the image after this call reads it.
     pub(crate) fn begin_tracking(&self, bitmap: Arc<DirtyBitmap>) {
+        self.latency.all(true);
         *self.tracker.write().unwrap_or_else(PoisonError::into_inner) = Some(bitmap);
     }
 
     /// Changes are no longer marked.
     pub(crate) fn end_tracking(&self) {
+        self.latency.all(false);
         *self.tracker.write().unwrap_or_else(PoisonError::into_inner) = None;
     }
 

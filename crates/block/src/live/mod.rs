@@ -7,6 +7,7 @@
 
 mod disk;
 mod gate;
+mod latency;
 mod mirror;
 mod queue;
 mod zones;

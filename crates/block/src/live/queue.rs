@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use strake_observe::{Observation, Result};
 
@@ -38,6 +39,8 @@ pub struct DiskQueue {
     held: VecDeque<(usize, Request)>,
     /// How many have a half at the destination's queue.
     halves: usize,
+    /// Counts requests, for those that are measured.
+    started: u32,
 }
 
 #[derive(Debug)]
@@ -46,6 +49,8 @@ struct Inside {
     op: Operation,
     offset: u64,
     len: u64,
+    /// When it began, if it is measured.
+    began: Option<Instant>,
     /// How it is being mirrored, if it is.
     zoned: Option<Zoned>,
 }
@@ -102,6 +107,7 @@ impl DiskQueue {
             free: Vec::new(),
             held: VecDeque::new(),
             halves: 0,
+            started: 0,
         }
     }
 
@@ -274,7 +280,10 @@ impl DiskQueue {
 
     /// Starts a request that has entered the gate.
     fn start(&mut self, request: Request, half: Option<&mut Half>) {
+        self.started = self.started.wrapping_add(1);
+        let measured = self.disk.latency.wants(self.started);
         let inside = Inside {
+            began: measured.then(Instant::now),
             tag: request.tag,
             op: request.op,
             offset: request.offset,
@@ -493,6 +502,11 @@ fn ended(disk: &LiveDisk, was: Inside, result: Result<()>, done: &mut dyn FnMut(
 
 fn count(disk: &LiveDisk, was: &Inside) {
     let counters = &disk.counters;
+    if let Some(began) = was.began
+        && matches!(was.op, Operation::Read | Operation::Write)
+    {
+        disk.latency.took(began.elapsed());
+    }
     match was.op {
         Operation::Read => {
             counters.reads.fetch_add(1, Ordering::Relaxed);

@@ -34,12 +34,13 @@ use strake_observe::{Observation, Result, Task};
 use super::SwitchHooks;
 use super::choice::Judge;
 use super::control::Control;
-use super::copier::{Copier, Progress, Room, Run, Stop, Tally};
+use super::copier::{Allowance, Copier, Progress, Room, Run, Stop, Tally};
 use super::journal::{Durable, Journal};
-use super::pace::{Meter, Pace, Usage, Watch};
+use super::neighbour::Neighbour;
+use super::pace::{Meter, Pace};
 use super::passes::Passes;
 use super::pause::{Guard, Opener};
-use super::plan::{FirstPass, Fresh, Plan};
+use super::plan::{CHUNK_BYTES, FirstPass, Fresh, Plan};
 use crate::live::Mirror;
 use crate::{DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed};
 
@@ -51,6 +52,7 @@ pub(crate) struct Job {
     pub(super) source: Arc<dyn Image>,
     pub(super) destination: Arc<dyn Image>,
     pub(super) journal: Journal,
+    /// As they were when it last looked; what needs them at once asks `control`.
     pub(super) limits: MigrationLimits,
     pub(super) hooks: Arc<dyn SwitchHooks>,
     pub(super) control: Arc<Control>,
@@ -60,8 +62,11 @@ pub(crate) struct Job {
     pub(super) copier: Copier,
     pub(super) pace: Pace,
     meter: Meter,
+    neighbour: Neighbour,
     pub(super) opener: Opener,
     guard: Guard,
+    /// How often the limits had changed when it last looked.
+    changes: u32,
     /// Whether the switch-over is prepared.
     ready: bool,
     /// How many of the passes do not count towards the limit: all until a daemon was last waited
@@ -87,7 +92,9 @@ impl From<Stop> for End {
     fn from(stop: Stop) -> Self {
         match stop {
             // The others come only from copies whose caller looks for them.
-            Stop::Cancelled | Stop::Late | Stop::Unmirrored | Stop::Enough => Self::Cancelled,
+            Stop::Cancelled | Stop::Late | Stop::Unmirrored | Stop::Enough | Stop::Paused => {
+                Self::Cancelled
+            }
             Stop::Failed(seen) => Self::Failed(seen),
         }
     }
@@ -102,7 +109,7 @@ pub(super) struct How<'a> {
     pub(super) deadline: Option<Instant>,
     pub(super) mirror: Option<&'a Arc<Mirror>>,
     /// Says whether to go on with it, and where to leave why not.
-    pub(super) judge: Option<(&'a Judge, &'a mut Option<MethodReason>)>,
+    pub(super) judge: Option<(&'a mut Judge, &'a mut Option<MethodReason>)>,
 }
 
 impl How<'_> {
@@ -124,7 +131,6 @@ impl Job {
         source: Arc<dyn Image>,
         destination: Arc<dyn Image>,
         journal: Journal,
-        limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
         control: Arc<Control>,
     ) -> Result<Self> {
@@ -134,22 +140,28 @@ impl Job {
             Arc::clone(&control.event),
         )?;
         let size = disk.size();
+        let limits = control.limits();
+        let now = Instant::now();
         let opener = Opener::new(&disk, &hooks, &control, limits.suspend);
+        let bitmap = Arc::new(DirtyBitmap::new(size)?);
+        let recent = DirtyBitmap::new(size)?;
         Ok(Self {
-            disk,
             source,
             destination,
             journal,
-            pace: Pace::new(limits.bytes_per_second),
-            meter: Meter::new(Instant::now()),
+            pace: Pace::new(limits.bytes_per_second, limits.iops),
+            meter: Meter::new(now),
+            neighbour: Neighbour::new(now, limits.latency, disk.latency()),
             guard: Guard::start(opener.clone())?,
             opener,
             limits,
             hooks,
             control,
-            bitmap: Arc::new(DirtyBitmap::new(size)?),
-            recent: DirtyBitmap::new(size)?,
+            bitmap,
+            recent,
             copier,
+            disk,
+            changes: 0,
             ready: false,
             uncounted: 0,
             flush: Duration::ZERO,
@@ -246,7 +258,7 @@ impl Job {
         if fresh == Fresh::No {
             self.pass(&mut first, How::usual(0, Room::BesideGuest))?;
         } else {
-            let chunk = first.next()?;
+            let chunk = first.next(CHUNK_BYTES)?;
             debug_assert!(chunk.is_none(), "a chunk of a pass that only marks");
         }
         self.mirror(why)
@@ -283,6 +295,10 @@ impl Job {
         });
         let elapsed_ms = || u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (bitmap, flush) = (Arc::clone(&self.bitmap), self.flush);
+        // Inside the pause of the switch-over the guard and the question look after it.
+        let may_rest = room != Room::Alone;
+        let rests = || may_rest && control.is_paused();
+        let mut rested = false;
         let mut interrupt = |tally: Tally| {
             if control.is_cancelled() {
                 return Some(Stop::Cancelled);
@@ -290,11 +306,20 @@ impl Job {
             if mirror.is_some_and(|mirror| !mirror.is_on()) {
                 return Some(Stop::Unmirrored);
             }
+            if rests() {
+                rested = true;
+                // A mirroring ends; other plans stay where they are.
+                return mirror.map(|_| Stop::Paused);
+            }
             let (judge, why) = judge.as_mut()?;
+            if std::mem::take(&mut rested) {
+                judge.anew(Instant::now(), tally.read, bitmap.marked_bytes());
+            }
             **why = judge.look(Instant::now(), tally.read, bitmap.marked_bytes());
             why.is_some().then_some(Stop::Enough)
         };
         let meter = &mut self.meter;
+        let neighbour = std::cell::RefCell::new(&mut self.neighbour);
         let mut told = None;
         let mut progress = |progress: Progress| {
             let now = Instant::now();
@@ -307,6 +332,7 @@ impl Job {
             });
             control.update(|status| {
                 status.throughput = throughput;
+                status.latency = neighbour.borrow().seen().map(Box::new);
                 if let Some(expected) = expected {
                     status.expected_pause_ms = Some(expected.as_secs_f64() * 1000.0);
                 }
@@ -317,26 +343,42 @@ impl Job {
             });
         };
         // Inside the pause the limit would only make the guest wait longer.
-        let mut unlimited = Pace::new(None);
+        let mut unlimited = Pace::new(None, None);
         let pace = match room {
             Room::Alone => &mut unlimited,
             _ => &mut self.pace,
         };
+        let mut known = control.changes();
+        let mut tune = |pace: &mut Pace| {
+            if room != Room::Alone && control.changes() != known {
+                known = control.changes();
+                let limits = control.limits();
+                pace.set(limits.bytes_per_second, limits.iops);
+                neighbour.borrow_mut().aim(limits.latency);
+            }
+        };
         let disk = &self.disk;
-        let mut watch = Watch::new(began);
-        let mut room = |now| match room {
-            Room::BesideGuest => match watch.look(now, disk.activity()) {
-                Usage::Busy => Room::BesideGuest,
-                Usage::Idle => Room::IdleGuest,
-                Usage::Starved => Room::StarvedGuest,
-            },
-            room => room,
+        neighbour.borrow_mut().begin(began, disk.measured());
+        let mut room = |now| {
+            if rests() {
+                neighbour.borrow_mut().begin(now, disk.measured());
+                return Allowance::NOTHING;
+            }
+            match room {
+                Room::BesideGuest => {
+                    let mut neighbour = neighbour.borrow_mut();
+                    neighbour.look(now, disk.activity(), disk.measured())
+                }
+                room => Allowance::regardless(room),
+            }
         };
         let result = self.copier.run(Run {
             plan,
             fresh,
             room: &mut room,
             pace,
+            tune: &mut tune,
+            rests: &rests,
             deadline,
             zones: mirror.map(|mirror| &mirror.zones),
             interrupt: &mut interrupt,
@@ -364,12 +406,30 @@ impl Job {
         Ok(())
     }
 
-    pub(super) fn go_on(&self) -> Result<(), End> {
+    /// Whether there is a reason to go on; waits for as long as the job is paused.
+    pub(super) fn go_on(&mut self) -> Result<(), End> {
+        self.control.stay();
+        self.look_around()
+    }
+
+    /// The same without waiting.
+    pub(super) fn look_around(&mut self) -> Result<(), End> {
         if self.control.is_cancelled() {
             return Err(End::Cancelled);
         }
+        self.look_at_limits();
         self.still_there()?;
         Ok(())
+    }
+
+    fn look_at_limits(&mut self) {
+        if self.control.changes() != self.changes {
+            self.changes = self.control.changes();
+            self.limits = self.control.limits();
+            self.pace
+                .set(self.limits.bytes_per_second, self.limits.iops);
+            self.neighbour.aim(self.limits.latency);
+        }
     }
 
     pub(super) fn still_there(&self) -> Result<()> {

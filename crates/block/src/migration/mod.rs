@@ -31,8 +31,8 @@
 //!
 //! * `passes`, `mirroring`: the methods; `choice`: when the first gives way to the second; `switch`:
 //!   the switch-over of both.
-//! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
-//!   which the guest waits; `control`: what the threads share; `journal`: the file.
+//! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `neighbour`: how much at once
+//!   beside the guest; `pause`: the scope in which the guest waits; `control`: what the threads share; `journal`: the file.
 
 mod choice;
 mod control;
@@ -40,6 +40,7 @@ mod copier;
 mod job;
 pub mod journal;
 mod mirroring;
+mod neighbour;
 mod pace;
 mod passes;
 mod pause;
@@ -50,7 +51,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus, Phase};
 use strake_api::spec::MAX_DISK;
 use strake_observe::{Because, OsContext, Result};
 
@@ -59,7 +60,7 @@ use self::job::Job;
 use self::journal::{Journal, Record};
 use crate::{
     Access, AlreadyMigrating, CancelTooLate, DestinationTooSmall, DiskTooLarge, Event, Image,
-    LiveDisk, MigrationFailed, ReadOnlyDisk,
+    LiveDisk, MigrationFailed, PauseTooLate, ReadOnlyDisk,
 };
 
 /// What a migration asks of the machine and of the daemon. Called in the migration's own threads,
@@ -70,8 +71,8 @@ pub trait SwitchHooks: Send + Sync {
     /// `limit`: a guest of which some vCPUs stand already is waiting.
     ///
     /// # Errors
-    /// When the VM cannot be paused in time. It runs on then, the migration fails, and the disk
-    /// stays on its source.
+    /// When the VM cannot be paused in time. It runs on then, and the migration tries again, a few
+    /// times.
     fn suspend_vm(&self, limit: Duration) -> Result<()>;
 
     /// Lets the vCPUs run again, after a `suspend_vm` that succeeded, however the switch ended.
@@ -149,27 +150,14 @@ impl Migration {
             phase: Phase::Preparing,
         };
         let journal = Journal::new(journal, record);
-        let status = MigrationStatus {
-            job: job.clone(),
-            disk: disk.name().to_owned(),
-            phase: Phase::Preparing,
-            size_bytes: disk.size(),
-            passes: Vec::new(),
-            throughput: 0,
-            expected_pause_ms: None,
-            pause_ms: None,
-            elapsed_ms: 0,
-            method: None,
-            failure: None,
-        };
+        let status = MigrationStatus::new(job.clone(), disk.name().to_owned(), disk.size());
         let event = Arc::new(Event::new().because_of(failed)?);
-        let control = Arc::new(Control::new(event, status));
+        let control = Arc::new(Control::new(event, status, limits));
         let thread = Job::new(
             Arc::clone(disk),
             Arc::clone(&source),
             Arc::clone(&destination),
             journal,
-            limits,
             hooks,
             Arc::clone(&control),
         )
@@ -212,6 +200,39 @@ impl Migration {
             job: self.control.job.to_string(),
         }
         .into())
+    }
+
+    /// Lets the job rest until [`resume`](Self::resume): what is on its way arrives, then nothing is
+    /// copied, and it does not switch over. What the guest writes is marked and copied later; a
+    /// mirroring ends for that time, so that a job that rests costs the guest nothing.
+    ///
+    /// # Errors
+    /// When the daemon was already asked to commit: its decision counts.
+    pub fn pause(&self) -> Result<()> {
+        if self.control.pause() {
+            return Ok(());
+        }
+        Err(PauseTooLate {
+            job: self.control.job.to_string(),
+        }
+        .into())
+    }
+
+    /// Lets a paused job go on where it was.
+    pub fn resume(&self) {
+        self.control.resume();
+    }
+
+    /// Changes the limits. They count from now on; a pause of the switch-over that has begun keeps
+    /// its own.
+    pub fn set(&self, change: &LimitsChange) {
+        self.control.set(change);
+    }
+
+    /// The limits as they are now.
+    #[must_use]
+    pub fn limits(&self) -> MigrationLimits {
+        self.control.limits()
     }
 
     /// Whether the daemon was asked to commit and has not answered: the gate stays closed until

@@ -45,8 +45,9 @@ impl Chunk {
 
 /// The chunks of one pass, in ascending order.
 pub(crate) trait Plan {
-    /// The next chunk; none when the pass is complete.
-    fn next(&mut self) -> Result<Option<Chunk>>;
+    /// The next chunk, of `most` bytes at most (a power of two, [`BLOCK_BYTES`] to [`CHUNK_BYTES`]);
+    /// none when the pass is complete.
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>>;
 }
 
 /// What a destination holds before the first pass.
@@ -137,7 +138,7 @@ impl FirstPass {
 }
 
 impl Plan for FirstPass {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let ahead = loop {
             if self.ahead.is_empty() {
                 self.look()?;
@@ -164,9 +165,7 @@ impl Plan for FirstPass {
                 }))
             }
             Ahead::Data(data) => {
-                let end = data
-                    .end
-                    .min(data.start - data.start % CHUNK_BYTES + CHUNK_BYTES);
+                let end = data.end.min(data.start - data.start % most + most);
                 if end < data.end {
                     self.ahead.push_front(Ahead::Data(end..data.end));
                 }
@@ -218,7 +217,7 @@ impl<'a> DirtyPass<'a> {
 }
 
 impl Plan for DirtyPass<'_> {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let first = loop {
             let Some(block) = self.bitmap.next_marked(self.at) else {
                 return Ok(None);
@@ -228,7 +227,7 @@ impl Plan for DirtyPass<'_> {
             }
             self.at = block + 1;
         };
-        let most = first + CHUNK_BYTES / BLOCK_BYTES;
+        let most = first + most / BLOCK_BYTES;
         let mut end = first + 1;
         let mut look = end;
         while look < most.min(self.bitmap.blocks()) && look - end <= GAP_BLOCKS {
@@ -275,11 +274,11 @@ impl<'a> MirrorPass<'a> {
 }
 
 impl Plan for MirrorPass<'_> {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let Some(first) = self.bitmap.next_marked(self.at) else {
             return Ok(None);
         };
-        let blocks = CHUNK_BYTES / BLOCK_BYTES;
+        let blocks = most / BLOCK_BYTES;
         let most = (first - first % blocks + blocks).min(self.bitmap.blocks());
         let mut wanted = 0;
         let mut end = first;

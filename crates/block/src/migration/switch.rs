@@ -1,7 +1,7 @@
 //! The switch-over: the one part of a migration in which the guest waits.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use strake_api::job::Phase;
 use strake_observe::Observation;
@@ -24,11 +24,15 @@ pub(super) const LOOK_FOR_DAEMON: Duration = Duration::from_millis(100);
 /// Why a switch did not happen, though it may the next time.
 pub(super) struct TooLate {
     took: Duration,
+    /// What else is known of it.
+    why: Option<Observation>,
 }
 
 pub(super) enum Switch {
     Done,
     TooLate(TooLate),
+    /// The job was paused.
+    Paused,
     /// Nobody is there to be asked. The guest does not wait for one.
     NoDaemon,
 }
@@ -44,12 +48,12 @@ impl Attempts {
         if self.0 < SWITCH_ATTEMPTS {
             return Ok(());
         }
-        Err(PauseTooLong {
+        Err(Observation::from(PauseTooLong {
             attempts: self.0,
             took_ms: u64::try_from(late.took.as_millis()).unwrap_or(u64::MAX),
             pause_ms: job.limits.pause_ms,
-        }
-        .into())
+        })
+        .because_all(late.why.clone()))
     }
 }
 
@@ -64,7 +68,17 @@ impl Job {
         if !self.hooks.can_ask() {
             return Ok(Switch::NoDaemon);
         }
-        let pause = Pause::begin(&self.opener, self.allowed())?;
+        let began = Instant::now();
+        let pause = match Pause::begin(&self.opener, self.allowed()) {
+            Ok(pause) => pause,
+            // vCPUs that did not stand in time may do so the next time.
+            Err(seen) => {
+                return Ok(Switch::TooLate(TooLate {
+                    took: began.elapsed(),
+                    why: Some(seen),
+                }));
+            }
+        };
         if !pause.drained() {
             return Ok(self.too_late(&pause));
         }
@@ -104,6 +118,7 @@ impl Job {
         match self.control.ask() {
             Ask::Asked => {}
             Ask::Cancelled => return Err(End::Cancelled),
+            Ask::Paused => return Ok(Switch::Paused),
             Ask::TooLate => return Ok(self.too_late(&pause)),
         }
         self.control
@@ -128,9 +143,13 @@ impl Job {
 
     fn too_late(&self, pause: &Pause) -> Switch {
         pause.end();
+        if self.control.is_paused() {
+            return Switch::Paused;
+        }
         let took = self.control.status().pause_ms.unwrap_or(0.0) / 1000.0;
         Switch::TooLate(TooLate {
             took: Duration::try_from_secs_f64(took).unwrap_or(Duration::MAX),
+            why: None,
         })
     }
 }
