@@ -295,13 +295,18 @@ pub enum Phase {
     Failed,
     /// The disk runs on the source, as asked.
     Cancelled,
+    /// The VM ended before the job. The disk is on its source; the VM's next run takes the job up again.
+    Interrupted,
 }
 
 impl Phase {
-    /// Whether nothing more will happen.
+    /// Whether nothing more will happen in this run of the VM.
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+        matches!(
+            self,
+            Self::Completed | Self::Failed | Self::Cancelled | Self::Interrupted
+        )
     }
 }
 
@@ -353,6 +358,9 @@ pub struct MigrationStatus {
     /// microseconds, while the guest makes any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency: Option<Box<LatencySeen>>,
+    /// Bytes that need not be copied again if the VM or its host died now, for a job that keeps that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_bytes: Option<u64>,
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Observation>,
@@ -375,6 +383,7 @@ impl MigrationStatus {
             method: None,
             progress: Progress::On,
             latency: None,
+            kept_bytes: None,
             failure: None,
         }
     }

@@ -37,6 +37,7 @@ fn status(passes: u32) -> MigrationStatus {
             before_us: u64::MAX,
             target_us: Some(u64::MAX),
         })),
+        kept_bytes: Some(u64::MAX),
         failure: None,
     }
 }

@@ -253,6 +253,7 @@ mod tests {
             method: None,
             progress: Progress::Paused,
             latency: Some(Box::default()),
+            kept_bytes: Some(u64::MAX),
             failure: None,
         };
         let mut all: Vec<_> = (0..500).map(|n| job(n, Phase::Completed)).collect();

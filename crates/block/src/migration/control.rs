@@ -34,6 +34,8 @@ pub(crate) struct Control {
 #[derive(Debug, Default)]
 struct State {
     cancelled: bool,
+    /// It is to be taken up again later.
+    interrupted: bool,
     /// Nothing is to be copied and no gate to be closed.
     paused: bool,
     /// How often that was asked for.
@@ -140,6 +142,16 @@ impl Control {
         }
         self.event.signal();
         true
+    }
+
+    /// As if cancelled, but it may be taken up again; false if the daemon was already asked.
+    pub(crate) fn interrupt(&self) -> bool {
+        lock(&self.state).interrupted = true;
+        self.cancel()
+    }
+
+    pub(crate) fn is_interrupted(&self) -> bool {
+        lock(&self.state).interrupted
     }
 
     pub(crate) fn is_cancelled(&self) -> bool {

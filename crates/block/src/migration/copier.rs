@@ -7,6 +7,7 @@
 //! Where the time goes inside the pause is here too: then nothing else uses the devices, and the
 //! chunks are small and scattered, so more of them are on their way.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -103,6 +104,9 @@ impl From<Observation> for Stop {
     }
 }
 
+/// See [`Run::keep`].
+pub(crate) type Settled<'a> = &'a dyn Fn(&Range<u64>) -> bool;
+
 /// How to run one copy.
 pub(crate) struct Run<'a> {
     pub(crate) plan: &'a mut dyn Plan,
@@ -118,6 +122,10 @@ pub(crate) struct Run<'a> {
     pub(crate) zones: Option<&'a Zones<Event>>,
     /// Whether the job rests: then nobody but whoever lets it go on has to be looked for.
     pub(crate) rests: &'a dyn Fn() -> bool,
+    /// Called again and again while nothing has failed, with a look at what is settled: of the range
+    /// nothing is on its way, and nothing that is to be copied has not been planned, but for what the
+    /// bitmap marks.
+    pub(crate) keep: &'a mut dyn FnMut(Instant, Settled<'_>),
     /// Why to start nothing more, if there is a reason.
     pub(crate) interrupt: &'a mut dyn FnMut(Tally) -> Option<Stop>,
     /// Called again and again, several times a second at least.
@@ -160,6 +168,8 @@ struct Slot {
     doing: Doing,
     offset: u64,
     len: u64,
+    /// Of the disk: more than `len` where nothing is read.
+    covers: u64,
     /// How much of it had to be copied.
     wanted: u64,
     /// Requests at the destination that have not ended.
@@ -195,6 +205,12 @@ enum Doing {
 }
 
 impl Slot {
+    fn touches(&self, range: &Range<u64>) -> bool {
+        self.doing != Doing::Nothing
+            && self.offset < range.end
+            && range.start < self.offset + self.covers
+    }
+
     fn end(&mut self, zones: Option<&Zones<Event>>) {
         self.doing = Doing::Nothing;
         if let (Some(ticket), Some(zones)) = (self.ticket.take(), zones) {
@@ -238,6 +254,7 @@ impl Copier {
                     doing: Doing::Nothing,
                     offset: 0,
                     len: 0,
+                    covers: 0,
                     wanted: 0,
                     pending: 0,
                     ticket: None,
@@ -260,6 +277,12 @@ impl Copier {
                 stop = (run.interrupt)(tally);
             }
             outstanding -= self.turns(run.zones, &mut stop);
+            if stop.is_none() {
+                let frontier = run.plan.frontier();
+                (run.keep)(now, &|range| {
+                    range.end <= frontier && !self.slots.iter().any(|slot| slot.touches(range))
+                });
+            }
             let mut held_back = None;
             (run.tune)(run.pace);
             let room = (run.room)(now);
@@ -366,6 +389,7 @@ impl Copier {
             } => {
                 let len = len.min(CHUNK_BYTES);
                 (slot.offset, slot.len, slot.wanted) = (offset, len, wanted);
+                slot.covers = len;
                 match zones.map(|zones| (zones, zones.enter(offset, len, &self.event))) {
                     None => slot.read(tag, self.source.as_mut()),
                     Some((zones, Turn::Now(ticket))) => {
@@ -386,6 +410,7 @@ impl Copier {
                 slot.pending = 1;
                 // It moves no data, so it takes no room.
                 (slot.offset, slot.len, slot.wanted) = (offset, 0, 0);
+                slot.covers = len;
                 self.destination.submit(Request {
                     tag,
                     op: Operation::WriteZeroes { len, unmap: true },

@@ -25,6 +25,8 @@
 //!
 //! [`Pause`]: super::pause::Pause
 
+use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -34,15 +36,16 @@ use strake_observe::{Observation, Result, Task};
 use super::SwitchHooks;
 use super::choice::Judge;
 use super::control::Control;
-use super::copier::{Allowance, Copier, Progress, Room, Run, Stop, Tally};
+use super::copier::{Allowance, Copier, Progress, Room, Run, Settled, Stop, Tally};
 use super::journal::{Durable, Journal};
+use super::kept::{self, Keeper, Known};
 use super::neighbour::Neighbour;
 use super::pace::{Meter, Pace};
 use super::passes::Passes;
 use super::pause::{Guard, Opener};
 use super::plan::{CHUNK_BYTES, FirstPass, Fresh, Plan};
 use crate::live::Mirror;
-use crate::{DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed};
+use crate::{BLOCK_BYTES, DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed};
 
 /// How often the expected pause is told during a pass: it takes a look at the whole bitmap.
 const TELL_PAUSE: Duration = Duration::from_millis(100);
@@ -62,6 +65,12 @@ pub(crate) struct Job {
     pub(super) copier: Copier,
     pub(super) pace: Pace,
     meter: Meter,
+    /// Where to keep that, until it is begun.
+    pub(super) kept: Option<File>,
+    /// Keeps what is needed to take the job up again, if it is to be.
+    pub(super) keeper: Option<Keeper>,
+    /// What an earlier run has copied.
+    pub(super) known: Known,
     neighbour: Neighbour,
     pub(super) opener: Opener,
     guard: Guard,
@@ -151,6 +160,9 @@ impl Job {
             journal,
             pace: Pace::new(limits.bytes_per_second, limits.iops),
             meter: Meter::new(now),
+            kept: None,
+            keeper: None,
+            known: Known::default(),
             neighbour: Neighbour::new(now, limits.latency, disk.latency()),
             guard: Guard::start(opener.clone())?,
             opener,
@@ -178,6 +190,9 @@ impl Job {
         }
         let (phase, failure) = match end {
             Ok(()) => (Phase::Completed, None),
+            Err(End::Cancelled) if self.control.is_interrupted() && self.keeper.is_some() => {
+                (Phase::Interrupted, None)
+            }
             Err(End::Cancelled) => (Phase::Cancelled, None),
             Err(End::Failed(cause)) => {
                 let mut task = Task::begin("migrate a disk");
@@ -191,6 +206,13 @@ impl Job {
                 (Phase::Failed, Some(failure))
             }
         };
+        if let Some(mut keeper) = self.keeper.take() {
+            match phase {
+                Phase::Interrupted => keeper.leave(),
+                // Nobody may take it up again once the guest goes on without it.
+                _ => keeper.close(),
+            }
+        }
         // The journal only helps whoever cleans up: that it cannot be written ends nothing here.
         if let Err(seen) = self.journal.reach(phase, Durable::Now) {
             let mut task = Task::begin("note a migration's end in its journal");
@@ -223,6 +245,7 @@ impl Job {
 
     fn migrate(&mut self) -> Result<(), End> {
         self.journal.begin()?;
+        self.keep()?;
         self.still_there()?;
         // Only what reads as zeroes everywhere may keep holes where the source has them.
         let fresh = match self.destination.allocated(0)? {
@@ -236,6 +259,7 @@ impl Job {
             Arc::clone(&self.bitmap),
             self.disk.size(),
             fresh,
+            self.known.clone(),
         );
         let why = if self.limits.method == Method::Mirror {
             MethodReason::Asked
@@ -262,6 +286,41 @@ impl Job {
             debug_assert!(chunk.is_none(), "a chunk of a pass that only marks");
         }
         self.mirror(why)
+    }
+
+    /// From now on a crash loses little of the work, if anything is to be kept.
+    fn keep(&mut self) -> Result<()> {
+        if let Some(file) = self.kept.take() {
+            self.keeper = Some(self.keeper(file)?);
+        }
+        Ok(())
+    }
+
+    fn keeper(&self, file: File) -> Result<Keeper> {
+        Keeper::start(
+            &self.disk,
+            (&self.source, &self.destination),
+            file,
+            (&self.control.job, &self.known),
+            &self.control.event,
+        )
+    }
+
+    /// Takes up what an earlier run has left in `file`. Before the guest does anything: from then on its
+    /// changes go by what the file claims.
+    pub(super) fn again(&mut self, file: File) -> Result<()> {
+        self.known = kept::read(&file, &self.control.job, self.disk.size())?;
+        self.disk.begin_tracking(Arc::clone(&self.bitmap));
+        match self.keeper(file) {
+            Ok(keeper) => {
+                self.keeper = Some(keeper);
+                Ok(())
+            }
+            Err(seen) => {
+                self.disk.end_tracking();
+                Err(seen)
+            }
+        }
     }
 
     /// Does what can be done for the switch-over before it, once.
@@ -319,6 +378,15 @@ impl Job {
             why.is_some().then_some(Stop::Enough)
         };
         let meter = &mut self.meter;
+        let keeper = std::cell::RefCell::new(&mut self.keeper);
+        let mut keep = |now, settled: Settled<'_>| {
+            if let Some(keeper) = keeper.borrow_mut().as_mut() {
+                keeper.look(now, &mut |range: Range<u64>| {
+                    let marked = bitmap.next_marked(range.start / BLOCK_BYTES);
+                    settled(&range) && marked.is_none_or(|block| block * BLOCK_BYTES >= range.end)
+                });
+            }
+        };
         let neighbour = std::cell::RefCell::new(&mut self.neighbour);
         let mut told = None;
         let mut progress = |progress: Progress| {
@@ -330,7 +398,11 @@ impl Job {
                 told = Some(now);
                 pause_for(bitmap.marked_bytes(), progress.speed, flush)
             });
+            let kept = due.then(|| keeper.borrow().as_ref().map(Keeper::claimed_bytes));
             control.update(|status| {
+                if let Some(kept) = kept {
+                    status.kept_bytes = kept;
+                }
                 status.throughput = throughput;
                 status.latency = neighbour.borrow().seen().map(Box::new);
                 if let Some(expected) = expected {
@@ -379,6 +451,7 @@ impl Job {
             pace,
             tune: &mut tune,
             rests: &rests,
+            keep: &mut keep,
             deadline,
             zones: mirror.map(|mirror| &mirror.zones),
             interrupt: &mut interrupt,
@@ -416,6 +489,9 @@ impl Job {
     pub(super) fn look_around(&mut self) -> Result<(), End> {
         if self.control.is_cancelled() {
             return Err(End::Cancelled);
+        }
+        if let Some(seen) = self.keeper.as_ref().and_then(Keeper::failure) {
+            return Err(seen.into());
         }
         self.look_at_limits();
         self.still_there()?;

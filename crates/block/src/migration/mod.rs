@@ -31,6 +31,7 @@
 //!
 //! * `passes`, `mirroring`: the methods; `choice`: when the first gives way to the second; `switch`:
 //!   the switch-over of both.
+//! * `kept`: what a later run needs to go on;
 //! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `neighbour`: how much at once
 //!   beside the guest; `pause`: the scope in which the guest waits; `control`: what the threads share; `journal`: the file.
 
@@ -39,6 +40,7 @@ mod control;
 mod copier;
 mod job;
 pub mod journal;
+mod kept;
 mod mirroring;
 mod neighbour;
 mod pace;
@@ -90,6 +92,17 @@ pub trait SwitchHooks: Send + Sync {
     fn ended(&self, status: &MigrationStatus);
 }
 
+/// Whether a job can be taken up again should its process die.
+#[derive(Debug)]
+pub enum Keep {
+    /// It cannot.
+    Nothing,
+    /// In this empty file, which should lie beside the source: the guest waits for it now and then.
+    In(File),
+    /// An earlier run has left this file.
+    Again(File),
+}
+
 /// A migration.
 #[derive(Debug)]
 pub struct Migration {
@@ -112,13 +125,41 @@ impl Migration {
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
     ) -> Result<Arc<Self>> {
+        Self::start_kept(
+            disk,
+            destination,
+            journal,
+            Keep::Nothing,
+            job,
+            limits,
+            hooks,
+        )
+    }
+
+    /// The same for a job that can be taken up again should this process or its host die: `keep` says
+    /// where that is kept, and whether an earlier run has left something there. What it left is believed:
+    /// the disk's image must be the source of that run, unchanged since, `destination` and `journal`
+    /// its files, and the guest must not have begun.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), and when what was left cannot be used.
+    pub fn start_kept(
+        disk: Arc<LiveDisk>,
+        destination: Arc<dyn Image>,
+        journal: File,
+        keep: Keep,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
         if !disk.claim() {
             return Err(AlreadyMigrating {
                 disk: disk.name().to_owned(),
             }
             .into());
         }
-        let started = Self::start_claimed(&disk, destination, journal, job, limits, hooks);
+        let files = (journal, keep);
+        let started = Self::start_claimed(&disk, destination, files, job, limits, hooks);
         if started.is_err() {
             disk.release();
         }
@@ -128,7 +169,7 @@ impl Migration {
     fn start_claimed(
         disk: &Arc<LiveDisk>,
         destination: Arc<dyn Image>,
-        journal: File,
+        (journal, keep): (File, Keep),
         job: JobId,
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
@@ -153,7 +194,7 @@ impl Migration {
         let status = MigrationStatus::new(job.clone(), disk.name().to_owned(), disk.size());
         let event = Arc::new(Event::new().because_of(failed)?);
         let control = Arc::new(Control::new(event, status, limits));
-        let thread = Job::new(
+        let mut thread = Job::new(
             Arc::clone(disk),
             Arc::clone(&source),
             Arc::clone(&destination),
@@ -162,6 +203,11 @@ impl Migration {
             Arc::clone(&control),
         )
         .because_of(failed)?;
+        match keep {
+            Keep::Nothing => {}
+            Keep::In(file) => thread.kept = Some(file),
+            Keep::Again(file) => thread.again(file).because_of(failed)?,
+        }
         std::thread::Builder::new()
             .name(format!("migrate-{}", disk.name()))
             .spawn(move || thread.run())
@@ -194,6 +240,22 @@ impl Migration {
     /// When the daemon was already asked to commit: its decision counts.
     pub fn cancel(&self) -> Result<()> {
         if self.control.cancel() {
+            return Ok(());
+        }
+        Err(CancelTooLate {
+            job: self.control.job.to_string(),
+        }
+        .into())
+    }
+
+    /// Ends the job as [`cancel`](Self::cancel) does, but what was kept stays true, so that it can be taken
+    /// up again: only for a disk that nobody changes any more. Its phase becomes
+    /// [`Interrupted`](Phase::Interrupted), or cancelled if nothing is kept.
+    ///
+    /// # Errors
+    /// As [`cancel`](Self::cancel).
+    pub fn interrupt(&self) -> Result<()> {
+        if self.control.interrupt() {
             return Ok(());
         }
         Err(CancelTooLate {

@@ -45,7 +45,7 @@ impl Job {
         plan: &mut FirstPass,
         fresh: Fresh,
     ) -> Result<Option<MethodReason>, End> {
-        let planned = allocated_bytes(self.source.as_ref(), self.disk.size())?;
+        let planned = allocated_bytes(self.source.as_ref(), self.disk.size(), &self.known)?;
         let mut judge = Judge::new(Instant::now(), planned);
         let mut why = None;
         let how = How {

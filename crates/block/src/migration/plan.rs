@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use strake_observe::Result;
 
+use super::kept::Known;
 use crate::{BLOCK_BYTES, DirtyBitmap, Image};
 
 /// The most that is copied at once. Large enough that devices reach their sequential speed, small
@@ -48,6 +49,11 @@ pub(crate) trait Plan {
     /// The next chunk, of `most` bytes at most (a power of two, [`BLOCK_BYTES`] to [`CHUNK_BYTES`]);
     /// none when the pass is complete.
     fn next(&mut self, most: u64) -> Result<Option<Chunk>>;
+
+    /// Everything that is to be copied before this was planned or is marked.
+    fn frontier(&self) -> u64 {
+        u64::MAX
+    }
 }
 
 /// What a destination holds before the first pass.
@@ -66,6 +72,8 @@ pub(crate) struct FirstPass {
     bitmap: Arc<DirtyBitmap>,
     size: u64,
     fresh: Fresh,
+    /// What an earlier run of the job has copied, and what nobody has changed since.
+    known: Known,
     data: Data,
     at: u64,
     ahead: VecDeque<Ahead>,
@@ -91,12 +99,14 @@ impl FirstPass {
         bitmap: Arc<DirtyBitmap>,
         size: u64,
         fresh: Fresh,
+        known: Known,
     ) -> Self {
         Self {
             source,
             bitmap,
             size,
             fresh,
+            known,
             data: Data::Copy,
             at: 0,
             ahead: VecDeque::new(),
@@ -114,17 +124,22 @@ impl FirstPass {
         if self.at >= self.size {
             return Ok(());
         }
+        let (limit, known) = self.known.run(self.at, self.size);
+        if known {
+            self.at = limit;
+            return Ok(());
+        }
         let found = self.source.allocated(self.at)?;
-        let found = found.filter(|range| range.start < self.size && range.start < range.end);
+        let found = found.filter(|range| range.start < limit && range.start < range.end);
         let (start, end) = match found {
             Some(range) => {
                 let start = range.start - range.start % BLOCK_BYTES;
                 (
                     start.max(self.at),
-                    range.end.next_multiple_of(BLOCK_BYTES).min(self.size),
+                    range.end.next_multiple_of(BLOCK_BYTES).min(limit),
                 )
             }
-            None => (self.size, self.size),
+            None => (limit, limit),
         };
         if self.at < start && self.fresh == Fresh::No {
             self.ahead.push_back(Ahead::Hole(self.at..start));
@@ -140,7 +155,7 @@ impl FirstPass {
 impl Plan for FirstPass {
     fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let ahead = loop {
-            if self.ahead.is_empty() {
+            while self.ahead.is_empty() && self.at < self.size {
                 self.look()?;
             }
             match self.ahead.pop_front() {
@@ -179,6 +194,13 @@ impl Plan for FirstPass {
                     wanted: len,
                 }))
             }
+        }
+    }
+
+    fn frontier(&self) -> u64 {
+        match self.ahead.front() {
+            Some(Ahead::Hole(range) | Ahead::Data(range)) => range.start,
+            None => self.at,
         }
     }
 }
@@ -301,16 +323,22 @@ impl Plan for MirrorPass<'_> {
 }
 
 /// How many bytes the first pass has before it.
-pub(crate) fn allocated_bytes(source: &dyn Image, size: u64) -> Result<u64> {
+pub(crate) fn allocated_bytes(source: &dyn Image, size: u64, known: &Known) -> Result<u64> {
     let mut sum = 0;
     let mut at = 0;
-    while let Some(range) = source.allocated(at)? {
-        let end = range.end.min(size);
-        if range.start >= end {
-            break;
+    while at < size {
+        let (limit, skip) = known.run(at, size);
+        if skip {
+            at = limit;
+            continue;
         }
-        sum += end - range.start;
-        at = end;
+        let Some(range) = source.allocated(at)?.filter(|it| it.start < size) else {
+            break;
+        };
+        let end = range.end.min(limit);
+        sum += end.saturating_sub(range.start.max(at));
+        // A hole up to a range that is known may end in it.
+        at = end.max(at + 1).max(range.start.min(limit));
     }
     Ok(sum)
 }

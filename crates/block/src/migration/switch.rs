@@ -128,6 +128,9 @@ impl Job {
         // Whichever it is, the disk is on one image from now on.
         self.disk.end_mirror();
         if committed {
+            if let Some(keeper) = &mut self.keeper {
+                keeper.leave();
+            }
             self.disk.replace(Arc::clone(&self.destination));
             self.disk.end_tracking();
             drop(pause);

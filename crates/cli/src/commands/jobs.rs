@@ -81,7 +81,10 @@ Examples:
 
 /// The arguments of `strake jobs set`.
 #[derive(Debug, clap::Args)]
-#[group(required = true, multiple = true, id = "changes", args = ["rate", "iops", "latency_ms", "pause_ms"])]
+#[command(group = clap::ArgGroup::new("changes")
+    .required(true)
+    .multiple(true)
+    .args(["rate", "iops", "latency_ms", "pause_ms"]))]
 pub struct Set {
     /// The job
     pub job: String,

@@ -68,6 +68,7 @@ fn with_speed(job: &Job, speed: Option<u64>) -> String {
         Phase::Completed => "completed".to_owned(),
         Phase::Failed => "failed".to_owned(),
         Phase::Cancelled => "cancelled".to_owned(),
+        Phase::Interrupted => "interrupted".to_owned(),
     };
     let mut parts = vec![phase];
     if status.phase.is_final() {
