@@ -200,6 +200,8 @@ mod tests {
             vm: "web1".into(),
             source: "/slow/root.raw".into(),
             destination: "/fast/root.raw".into(),
+            format: strake_api::image::ImageFormat::Raw,
+            source_format: strake_api::image::ImageFormat::Raw,
             to: "fast".into(),
             limits: MigrationLimits::default(),
             status: MigrationStatus {
