@@ -11,6 +11,8 @@
 )]
 #![allow(clippy::cast_possible_truncation)]
 
+pub mod cache;
+
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
