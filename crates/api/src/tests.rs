@@ -39,6 +39,7 @@ fn status(passes: u32) -> MigrationStatus {
             target_us: Some(u64::MAX),
         })),
         kept_bytes: Some(u64::MAX),
+        overlay: None,
         failure: None,
     }
 }

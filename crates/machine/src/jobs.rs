@@ -247,6 +247,7 @@ mod tests {
             progress: Progress::Paused,
             latency: Some(Box::default()),
             kept_bytes: Some(u64::MAX),
+            overlay: None,
             failure: None,
         };
         let mut all: Vec<_> = (0..500).map(|n| job(n, Phase::Completed)).collect();

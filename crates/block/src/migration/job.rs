@@ -30,7 +30,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strake_api::job::{Method, MethodReason, MigrationLimits, PassReport, Phase};
+use strake_api::job::{
+    Method, MethodReason, MigrationLimits, OverlayStep, PassReport, Phase, Stage,
+};
 use strake_observe::{Observation, Result, Task};
 
 use super::SwitchHooks;
@@ -40,20 +42,36 @@ use super::copier::{Allowance, Copier, Progress, Room, Run, Settled, Stop, Tally
 use super::journal::{Durable, Journal};
 use super::kept::{self, Keeper, Known};
 use super::neighbour::Neighbour;
+use super::overlay::{Overlay, covered_bytes};
 use super::pace::{Meter, Pace};
 use super::passes::Passes;
 use super::pause::{Guard, Opener};
-use super::plan::{CHUNK_BYTES, FirstPass, Fresh, Plan};
+use super::plan::{CHUNK_BYTES, FirstPass, Fresh, Of, Plan, allocated_bytes};
+use super::snapshot::Cap;
 use crate::live::Mirror;
-use crate::{BLOCK_BYTES, DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed};
+use crate::{
+    BLOCK_BYTES, Delta, DestinationRemoved, DirtyBitmap, Image, LeftOnOverlay, LiveDisk,
+    MigrationFailed,
+};
 
 /// How often the expected pause is told during a pass: it takes a look at the whole bitmap.
 const TELL_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often a consolidation looks whether it may begin. What it waits for are reads of the guest.
+const LOOK_FOR_READERS: Duration = Duration::from_millis(1);
 
 pub(crate) struct Job {
     pub(super) disk: Arc<LiveDisk>,
     pub(super) source: Arc<dyn Image>,
     pub(super) destination: Arc<dyn Image>,
+    /// What they were called at the beginning.
+    names: (String, String),
+    /// What goes into the image below it, if that is the destination.
+    pub(super) overlay: Option<Arc<dyn Overlay>>,
+    /// What the guest's writes may go to meanwhile.
+    pub(super) delta: Option<Arc<dyn Delta>>,
+    /// What the daemon is asked at the switch-over.
+    pub(super) stage: Stage,
     pub(super) journal: Journal,
     /// As they were when it last looked; what needs them at once asks `control`.
     pub(super) limits: MigrationLimits,
@@ -117,6 +135,8 @@ pub(super) struct How<'a> {
     pub(super) room: Room,
     pub(super) deadline: Option<Instant>,
     pub(super) mirror: Option<&'a Arc<Mirror>>,
+    /// Watches an overlay, and ends it if that gets too large.
+    pub(super) cap: Option<&'a mut Cap>,
     /// Says whether to go on with it, and where to leave why not.
     pub(super) judge: Option<(&'a mut Judge, &'a mut Option<MethodReason>)>,
 }
@@ -129,6 +149,7 @@ impl How<'_> {
             room,
             deadline: None,
             mirror: None,
+            cap: None,
             judge: None,
         }
     }
@@ -155,8 +176,12 @@ impl Job {
         let bitmap = Arc::new(DirtyBitmap::new(size)?);
         let recent = DirtyBitmap::new(size)?;
         Ok(Self {
+            names: (source.path().to_owned(), destination.path().to_owned()),
             source,
             destination,
+            overlay: None,
+            delta: None,
+            stage: Stage::Destination,
             journal,
             pace: Pace::new(limits.bytes_per_second, limits.iops),
             meter: Meter::new(now),
@@ -188,20 +213,32 @@ impl Job {
         if end.is_err() {
             self.disk.unprepare();
         }
+        // An overlay that the disk is left on is to be known, however the job ended.
+        let left = self.control.status().overlay.map(|overlay| LeftOnOverlay {
+            disk: self.disk.name().to_owned(),
+            overlay: overlay.path.clone(),
+            below: match overlay.step {
+                OverlayStep::Consolidate => self.names.1.clone(),
+                OverlayStep::Copy | OverlayStep::TurnBack => self.names.0.clone(),
+            },
+        });
         let (phase, failure) = match end {
             Ok(()) => (Phase::Completed, None),
             Err(End::Cancelled) if self.control.is_interrupted() && self.keeper.is_some() => {
                 (Phase::Interrupted, None)
             }
-            Err(End::Cancelled) => (Phase::Cancelled, None),
+            Err(End::Cancelled) => (Phase::Cancelled, left.map(Observation::from)),
             Err(End::Failed(cause)) => {
                 let mut task = Task::begin("migrate a disk");
                 task.saw(cause);
+                if let Some(left) = left {
+                    task.saw(left);
+                }
                 let failure = task.fail(MigrationFailed {
                     job: self.control.job.to_string(),
                     disk: self.disk.name().to_owned(),
-                    source: self.source.path().to_owned(),
-                    destination: self.destination.path().to_owned(),
+                    source: self.disk.image().path().to_owned(),
+                    destination: self.names.1.clone(),
                 });
                 (Phase::Failed, Some(failure))
             }
@@ -247,36 +284,64 @@ impl Job {
         self.journal.begin()?;
         self.keep()?;
         self.still_there()?;
-        // Only what reads as zeroes everywhere may keep holes where the source has them.
-        let fresh = match self.destination.allocated(0)? {
-            None => Fresh::Yes,
-            Some(_) => Fresh::No,
-        };
         self.journal.reach(Phase::Copying, Durable::Now)?;
         self.control.update(|status| status.phase = Phase::Copying);
-        let mut first = FirstPass::new(
-            Arc::clone(&self.source),
-            Arc::clone(&self.bitmap),
-            self.disk.size(),
-            fresh,
-            self.known.clone(),
-        );
-        let why = if self.limits.method == Method::Mirror {
-            MethodReason::Asked
-        } else {
-            let passes = match self.limits.method {
-                Method::Dirty => MethodReason::Asked,
-                _ => MethodReason::PassesKeepUp,
-            };
-            self.uses(Method::Dirty, passes);
-            match self.first_pass(&mut first, fresh)? {
-                Some(why) => why,
-                None => match self.later_passes()? {
-                    Passes::Switched => return Ok(()),
-                    Passes::TooSlow(why) => why,
-                },
+        self.live()
+    }
+
+    /// Moves the disk, or what is to be moved of it, from the source to the destination.
+    pub(super) fn live(&mut self) -> Result<(), End> {
+        // Only what reads as zeroes everywhere may keep holes where the source has them.
+        let fresh = match &self.overlay {
+            None if self.destination.allocated(0)?.is_none() => Fresh::Yes,
+            _ => Fresh::No,
+        };
+        let of = match &self.overlay {
+            None => Of::Image(Arc::clone(&self.source), fresh),
+            Some(overlay) => {
+                let overlay = Arc::clone(overlay);
+                while !overlay.is_ready() {
+                    self.control.rest(LOOK_FOR_READERS);
+                    self.go_on()?;
+                }
+                Of::Layer(overlay)
             }
         };
+        let first = FirstPass::new(of, Arc::clone(&self.bitmap), self.disk.size());
+        let mut first = first.without(&self.known);
+        let why = match self.limits.method {
+            Method::Mirror => MethodReason::Asked,
+            Method::Snapshot => return self.by_snapshot(&mut first, fresh, MethodReason::Asked),
+            Method::Dirty | Method::Auto => {
+                let passes = match self.limits.method {
+                    Method::Dirty => MethodReason::Asked,
+                    _ => MethodReason::PassesKeepUp,
+                };
+                self.uses(Method::Dirty, passes);
+                match self.first_pass(&mut first, fresh)? {
+                    Some(why) => why,
+                    None => match self.later_passes()? {
+                        Passes::Switched => return Ok(()),
+                        Passes::TooSlow(why) => why,
+                    },
+                }
+            }
+        };
+        if self.limits.method == Method::Auto {
+            let left = self
+                .planned()?
+                .saturating_sub(
+                    self.control
+                        .status()
+                        .passes
+                        .first()
+                        .map_or(0, |it| it.read_bytes),
+                )
+                .saturating_add(self.bitmap.marked_bytes());
+            if let Some(why) = self.overlay_fits(&why, left) {
+                return self.by_snapshot(&mut first, fresh, why);
+            }
+        }
         // What the first pass has not copied is marked, like all else that is to be copied.
         first.only_mark();
         if fresh == Fresh::No {
@@ -323,6 +388,16 @@ impl Job {
         }
     }
 
+    /// What was there before is done: the next switch-over is about something else. What it
+    /// consolidates is an overlay, by passes or by mirroring, whichever does.
+    pub(super) fn begin_again(&mut self, stage: Stage) {
+        self.stage = stage;
+        self.ready = false;
+        self.delta = None;
+        self.limits.method = Method::Auto;
+        self.uncounted = self.passes();
+    }
+
     /// Does what can be done for the switch-over before it, once.
     pub(super) fn get_ready(&mut self) -> Result<()> {
         if !self.ready {
@@ -340,6 +415,7 @@ impl Job {
             room,
             deadline,
             mirror,
+            mut cap,
             mut judge,
         } = how;
         let control = Arc::clone(&self.control);
@@ -369,6 +445,18 @@ impl Job {
                 rested = true;
                 // A mirroring ends; other plans stay where they are.
                 return mirror.map(|_| Stop::Paused);
+            }
+            if let Some(cap) = cap.as_mut()
+                && let Some((bytes, full)) = cap.look(control.status().throughput)
+            {
+                control.update(|status| {
+                    if let Some(overlay) = &mut status.overlay {
+                        overlay.bytes = bytes;
+                    }
+                });
+                if full {
+                    return Some(Stop::Enough);
+                }
             }
             let (judge, why) = judge.as_mut()?;
             if std::mem::take(&mut rested) {
@@ -479,6 +567,15 @@ impl Job {
         Ok(())
     }
 
+    /// How much the first pass has before it.
+    pub(super) fn planned(&self) -> Result<u64> {
+        let size = self.disk.size();
+        match &self.overlay {
+            None => allocated_bytes(self.source.as_ref(), size, &self.known),
+            Some(overlay) => covered_bytes(overlay.as_ref(), size),
+        }
+    }
+
     /// Whether there is a reason to go on; waits for as long as the job is paused.
     pub(super) fn go_on(&mut self) -> Result<(), End> {
         self.control.stay();
@@ -501,7 +598,12 @@ impl Job {
     fn look_at_limits(&mut self) {
         if self.control.changes() != self.changes {
             self.changes = self.control.changes();
-            self.limits = self.control.limits();
+            // A consolidation has its own method.
+            let method = self.limits.method;
+            self.limits = MigrationLimits {
+                method,
+                ..self.control.limits()
+            };
             self.pace
                 .set(self.limits.bytes_per_second, self.limits.iops);
             self.neighbour.aim(self.limits.latency);

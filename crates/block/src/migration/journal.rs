@@ -62,16 +62,17 @@ pub(crate) enum Durable {
 /// The writing side.
 #[derive(Debug)]
 pub(crate) struct Journal {
-    file: File,
+    /// None for a job that leaves nothing behind that would need an explanation.
+    file: Option<File>,
     record: Record,
     sequence: u64,
 }
 
 impl Journal {
     /// A journal for a file that is empty or another run's, and not touched yet.
-    pub(crate) fn new(file: File, record: Record) -> Self {
+    pub(crate) fn new(file: impl Into<Option<File>>, record: Record) -> Self {
         Self {
-            file,
+            file: file.into(),
             record,
             sequence: 0,
         }
@@ -79,7 +80,11 @@ impl Journal {
 
     /// Writes what it begins with. Waits for the destination's store, as all that follows.
     pub(crate) fn begin(&mut self) -> Result<()> {
-        self.sequence = newest(&self.file).map_or(0, |(sequence, _)| sequence);
+        self.sequence = self
+            .file
+            .as_ref()
+            .and_then(|file| newest(file).ok())
+            .map_or(0, |(sequence, _)| sequence);
         // Both slots exist from the start, so that no later write has to find space.
         self.write(Durable::Later)?;
         self.write(Durable::Now)
@@ -92,6 +97,9 @@ impl Journal {
     }
 
     fn write(&mut self, durable: Durable) -> Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
         self.sequence += 1;
         let because = |path: &str| JournalUnwritable {
             destination: path.to_owned(),
@@ -100,13 +108,11 @@ impl Journal {
             .ok_or_else(|| damaged("the names do not fit into a record"))
             .because_of(|| because(&self.record.destination))?;
         let at = (self.sequence % 2) * SLOT_BYTES as u64;
-        self.file
-            .write_all_at(&slot, at)
+        file.write_all_at(&slot, at)
             .os("pwrite", format!("the journal of {}", self.record.job))
             .because_of(|| because(&self.record.destination))?;
         if durable == Durable::Now {
-            self.file
-                .sync_data()
+            file.sync_data()
                 .os("fdatasync", format!("the journal of {}", self.record.job))
                 .because_of(|| because(&self.record.destination))?;
         }

@@ -68,16 +68,9 @@ impl Job {
         if !self.hooks.can_ask() {
             return Ok(Switch::NoDaemon);
         }
-        let began = Instant::now();
-        let pause = match Pause::begin(&self.opener, self.allowed()) {
+        let pause = match self.begin_pause() {
             Ok(pause) => pause,
-            // vCPUs that did not stand in time may do so the next time.
-            Err(seen) => {
-                return Ok(Switch::TooLate(TooLate {
-                    took: began.elapsed(),
-                    why: Some(seen),
-                }));
-            }
+            Err(late) => return Ok(Switch::TooLate(late)),
         };
         if !pause.drained() {
             return Ok(self.too_late(&pause));
@@ -115,7 +108,7 @@ impl Job {
         // Before the question, after which nothing may fail. Need not be durable: the record
         // before it already says that the inventory knows.
         self.journal.reach(Phase::AwaitingCommit, Durable::Later)?;
-        match self.control.ask() {
+        match self.control.ask(self.stage) {
             Ask::Asked => {}
             Ask::Cancelled => return Err(End::Cancelled),
             Ask::Paused => return Ok(Switch::Paused),
@@ -123,7 +116,7 @@ impl Job {
         }
         self.control
             .update(|status| status.phase = Phase::AwaitingCommit);
-        self.hooks.await_commit(&self.control.job);
+        self.hooks.await_stage(&self.control.job, self.stage);
         let committed = self.control.decision();
         // Whichever it is, the disk is on one image from now on.
         self.disk.end_mirror();
@@ -133,6 +126,9 @@ impl Job {
             }
             self.disk.replace(Arc::clone(&self.destination));
             self.disk.end_tracking();
+            if let Some(overlay) = &self.overlay {
+                overlay.merged();
+            }
             drop(pause);
             Ok(Switch::Done)
         } else {
@@ -144,7 +140,16 @@ impl Job {
         }
     }
 
-    fn too_late(&self, pause: &Pause) -> Switch {
+    /// vCPUs that did not stand in time may do so the next time.
+    pub(super) fn begin_pause(&self) -> Result<Pause, TooLate> {
+        let began = Instant::now();
+        Pause::begin(&self.opener, self.allowed()).map_err(|seen| TooLate {
+            took: began.elapsed(),
+            why: Some(seen),
+        })
+    }
+
+    pub(super) fn too_late(&self, pause: &Pause) -> Switch {
         pause.end();
         if self.control.is_paused() {
             return Switch::Paused;
