@@ -12,8 +12,8 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 use strake_api::control::{
-    Body, Event, FdIndex, LISTEN_FD, MachineConfig, PROTOCOL_VERSION, Packet, Reply, Request,
-    RunState,
+    Body, Event, FdIndex, ImageConfig, LISTEN_FD, MachineConfig, PROTOCOL_VERSION, Packet, Reply,
+    Request, RunState,
 };
 use strake_api::job::{JobId, MigrationLimits, Suspend};
 use strake_machine::control::{Connection, Received};
@@ -246,8 +246,10 @@ impl Driver {
         let request = Request::MigrateDisk {
             job: JobId(format!("job{}", self.jobs)),
             disk: "disk0".to_owned(),
-            destination: FdIndex(0),
-            destination_path: path,
+            destination: ImageConfig::Raw {
+                file: FdIndex(0),
+                path,
+            },
             journal: FdIndex(1),
             limits: MigrationLimits {
                 suspend: Suspend::Vm,
