@@ -9,6 +9,7 @@ use std::sync::Arc;
 use strake_api::control::{
     DiskCounters, DiskStatus, Event, ExitReason, MachineConfig, Reply, Request, RunState, VmStatus,
 };
+use strake_api::job::Progress;
 
 use strake_block::Image;
 use strake_observe::{Ring, State, recorder};
@@ -173,6 +174,9 @@ impl Machine {
                 None => Reply::Failed(staged("no such job")),
             },
             Request::CancelJob { job } => self.cancel(&job, &mut events),
+            Request::PauseJob { job } => self.paused(&job, Progress::Paused),
+            Request::ResumeJob { job } => self.paused(&job, Progress::On),
+            Request::SetJob { job, change } => self.set(&job, &change),
             Request::JobDecision { job, committed } => self.decided(&job, committed, &mut events),
             Request::Hello { .. } | Request::Configure(_) | Request::Stop | Request::Dismiss => {
                 Reply::Done
