@@ -36,6 +36,9 @@ pub enum Method {
     Dirty,
     /// One pass; what the guest writes to copied parts goes to both sides at once.
     Mirror,
+    /// The guest's writes go to an overlay while the image, which does not change then, is copied;
+    /// the overlay is consolidated into the copy afterwards.
+    Snapshot,
 }
 
 impl Method {
@@ -46,6 +49,7 @@ impl Method {
             Self::Auto => "auto",
             Self::Dirty => "dirty",
             Self::Mirror => "mirror",
+            Self::Snapshot => "snapshot",
         }
     }
 
@@ -56,7 +60,29 @@ impl Method {
     }
 }
 
-/// The method that a job uses at the moment: [`Method::Dirty`] or [`Method::Mirror`], and why.
+/// What the daemon's record of the disk is to name when it commits. A job with method
+/// [`Snapshot`](Method::Snapshot) asks twice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// The destination. The job is complete then.
+    #[default]
+    Destination,
+    /// The overlay. It is over the source until its own header names the destination.
+    Overlay,
+    /// The source again: what came into the overlay meanwhile is there. The job has failed then.
+    Source,
+}
+
+impl Stage {
+    /// Whether it is the usual one.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The method that a job uses at the moment (never [`Method::Auto`]), and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MethodUsed {
     /// What it is.
@@ -83,6 +109,14 @@ pub enum MethodReason {
         /// Bytes per second that are copied.
         copy_rate: u64,
     },
+    /// The guest writes too fast for passes, and what it writes until the image is copied is
+    /// expected to be within the limit of an overlay.
+    OverlayFits {
+        /// How many bytes the overlay is expected to get.
+        expected: u64,
+        /// Its limit.
+        limit: u64,
+    },
     /// A pass left nearly as much as it found, or more.
     NotShrinking {
         /// Bytes that were dirty before it.
@@ -106,6 +140,12 @@ impl std::fmt::Display for MethodReason {
                 "the guest dirties {} MiB/s, {} MiB/s are copied",
                 write_rate / MIB,
                 copy_rate / MIB
+            ),
+            Self::OverlayFits { expected, limit } => write!(
+                f,
+                "the guest writes too fast for passes; an overlay takes some {} MiB of the {} MiB that it may",
+                expected.div_ceil(MIB),
+                limit / MIB
             ),
             Self::NotShrinking { before, after } => write!(
                 f,
@@ -133,6 +173,106 @@ pub struct MigrationLimits {
     // Not written if it is the usual one, which monitors from before there were others do not know.
     #[serde(skip_serializing_if = "Method::is_default")]
     pub method: Method,
+    /// Requests per second that the copy makes at most, reads and writes together; none means no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// How long the guest's own requests may take before the copy gives way.
+    #[serde(skip_serializing_if = "Latency::is_default")]
+    pub latency: Latency,
+    /// The most that the overlay of method `snapshot` may get, in bytes, before the job turns back;
+    /// none means the size of the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta_bytes: Option<u64>,
+}
+
+/// How long the reads and writes of a guest may take, in the mean, before a copy beside it gives way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Latency {
+    /// Twice as long as before the copy began, and 2 ms at least. The copy has at least a chunk of
+    /// 1 MiB on its way, so it goes on whatever the guest does.
+    #[default]
+    Auto,
+    /// As long as it takes: the copy never gives way.
+    Any,
+    /// So many microseconds. The copy gets as slow as that needs, but a quarter of its time it
+    /// always copies.
+    Us(u64),
+}
+
+impl Latency {
+    /// Whether it is the usual one.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl std::fmt::Display for Latency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Any => f.write_str("any"),
+            Self::Us(us) => write!(f, "{}.{:03} ms", us / 1000, us % 1000),
+        }
+    }
+}
+
+/// A limit as it is changed: none, or so many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ceiling {
+    /// There is none.
+    Unlimited,
+    /// So many at most.
+    At(u64),
+}
+
+impl Ceiling {
+    /// The number, if there is one.
+    #[must_use]
+    pub fn limit(self) -> Option<u64> {
+        match self {
+            Self::Unlimited => None,
+            Self::At(most) => Some(most),
+        }
+    }
+}
+
+/// What changes of a job's limits while it runs. What is absent stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsChange {
+    /// The longest pause at the switch-over, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pause_ms: Option<u64>,
+    /// Bytes per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<Ceiling>,
+    /// Requests per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<Ceiling>,
+    /// How long the guest's own requests may take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latency: Option<Latency>,
+}
+
+impl LimitsChange {
+    /// Changes `limits`.
+    pub fn apply(&self, limits: &mut MigrationLimits) {
+        if let Some(pause_ms) = self.pause_ms {
+            limits.pause_ms = pause_ms;
+        }
+        if let Some(rate) = self.bytes_per_second {
+            limits.bytes_per_second = rate.limit();
+        }
+        if let Some(iops) = self.iops {
+            limits.iops = iops.limit();
+        }
+        if let Some(latency) = self.latency {
+            limits.latency = latency;
+        }
+    }
 }
 
 impl Default for MigrationLimits {
@@ -145,8 +285,41 @@ impl Default for MigrationLimits {
             max_passes: 64,
             suspend: Suspend::Disk,
             method: Method::default(),
+            iops: None,
+            latency: Latency::default(),
+            delta_bytes: None,
         }
     }
+}
+
+/// Whether a job goes on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Progress {
+    /// It does.
+    #[default]
+    On,
+    /// It was paused.
+    Paused,
+}
+
+impl Progress {
+    /// Whether it does.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        *self == Self::On
+    }
+}
+
+/// What a copy costs the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LatencySeen {
+    /// The mean of the guest's reads and writes of the last moments, in microseconds.
+    pub now_us: u64,
+    /// What it was before the copy began.
+    pub before_us: u64,
+    /// What makes the copy give way; none if nothing does.
+    pub target_us: Option<u64>,
 }
 
 /// Where a migration is.
@@ -167,13 +340,18 @@ pub enum Phase {
     Failed,
     /// The disk runs on the source, as asked.
     Cancelled,
+    /// The VM ended before the job. The disk is on its source; the VM's next run takes the job up again.
+    Interrupted,
 }
 
 impl Phase {
-    /// Whether nothing more will happen.
+    /// Whether nothing more will happen in this run of the VM.
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+        matches!(
+            self,
+            Self::Completed | Self::Failed | Self::Cancelled | Self::Interrupted
+        )
     }
 }
 
@@ -192,6 +370,31 @@ pub struct PassReport {
     pub elapsed_ms: u64,
     /// Bytes dirtied by the guest when it ended (0 while it runs).
     pub dirty_after_bytes: u64,
+}
+
+/// The overlay of a job with method [`Snapshot`](Method::Snapshot).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverlayStatus {
+    /// Its path.
+    pub path: String,
+    /// Bytes that it uses.
+    pub bytes: u64,
+    /// The most that it may before the job turns back.
+    pub limit: u64,
+    /// What is done meanwhile.
+    pub step: OverlayStep,
+}
+
+/// What a job with method [`Snapshot`](Method::Snapshot) does while the disk is on the overlay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OverlayStep {
+    /// It copies the source, which the overlay is over.
+    Copy,
+    /// It consolidates the overlay into the copy, which the overlay is over now.
+    Consolidate,
+    /// It turns back: it consolidates the overlay into the source.
+    TurnBack,
 }
 
 /// The state of a migration job.
@@ -218,7 +421,44 @@ pub struct MigrationStatus {
     /// The method in use, once one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<Box<MethodUsed>>,
-    /// Why it failed.
+    /// Whether it was asked to pause: it copies nothing and does not switch over until it is resumed.
+    #[serde(default, skip_serializing_if = "Progress::is_on")]
+    pub progress: Progress,
+    /// How long the guest's own reads and writes take at the moment, and how long they may, in
+    /// microseconds, while the guest makes any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency: Option<Box<LatencySeen>>,
+    /// Bytes that need not be copied again if the VM or its host died now, for a job that keeps that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_bytes: Option<u64>,
+    /// The overlay that the disk is on. In a job that has ended: that it was left on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Box<OverlayStatus>>,
+    /// Why it failed, or what it left to be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Observation>,
+}
+
+impl MigrationStatus {
+    /// A job that was accepted.
+    #[must_use]
+    pub fn new(job: JobId, disk: String, size_bytes: u64) -> Self {
+        Self {
+            job,
+            disk,
+            phase: Phase::Preparing,
+            size_bytes,
+            passes: Vec::new(),
+            throughput: 0,
+            expected_pause_ms: None,
+            pause_ms: None,
+            elapsed_ms: 0,
+            method: None,
+            progress: Progress::On,
+            latency: None,
+            kept_bytes: None,
+            overlay: None,
+            failure: None,
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! The trait of everything that can hold a disk's data.
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -82,6 +83,12 @@ pub trait Image: Send + Sync + Debug {
             path: self.path().to_owned(),
         }
         .into())
+    }
+
+    /// Itself, for those who know more of its kind than this trait does: who changes the layers of
+    /// a disk in use finds them by it. None if there is no more to know.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
     }
 }
 

@@ -236,6 +236,30 @@ strake_observe::catalog! {
     text "job {job} can no longer be cancelled: its commit is being decided";
     remedy "wait for the job to end, then migrate the disk back if it must be";
 
+    /// The file of a job's claims cannot be written.
+    KeptUnwritable("block.kept-unwritable") {
+        /// The path of the source.
+        source: String,
+    }
+    text "the progress of the migration of {source} cannot be kept beside it";
+    remedy "free space on the source's datastore and check that it is writable";
+
+    /// The file of a job's claims cannot be used.
+    KeptDamaged("block.kept-damaged") {
+        /// What is wrong.
+        why: String,
+    }
+    text "the kept progress of the migration cannot be used: {why}";
+    remedy "the disk is on its source; cancel the job and start the migration again";
+
+    /// A job was to be paused when its outcome was no longer the monitor's to decide.
+    PauseTooLate("block.pause-too-late") {
+        /// The job.
+        job: String,
+    }
+    text "job {job} can no longer be paused: its commit is being decided";
+    remedy "wait for the job to end: that is a matter of moments";
+
     /// The journal beside the destination cannot be written.
     JournalUnwritable("block.journal-unwritable") {
         /// The path of the destination.
@@ -269,4 +293,36 @@ strake_observe::catalog! {
     }
     text "image {path} is of a kind that cannot be handed to another monitor while it is in use";
     remedy "restart the VM without --fast";
+
+    /// A job with method `snapshot` was given no overlay.
+    NoOverlay("block.no-overlay") {
+        /// The job.
+        job: String,
+    }
+    text "job {job} has no overlay, which method snapshot needs";
+    remedy "ask for another method (--method)";
+
+    /// The overlay of a migration got as large as it may.
+    OverlayFull("block.overlay-full") {
+        /// The path of the overlay.
+        path: String,
+        /// How large it is.
+        bytes: u64,
+        /// Its limit.
+        limit: u64,
+    }
+    text "the guest wrote {bytes} bytes to {path} before its disk was copied; {limit} are allowed, and all of it was to fit when it is consolidated";
+    remedy "allow more (--delta-limit), or use --method mirror, which needs no space";
+
+    /// A disk was left on the overlay of a migration.
+    LeftOnOverlay("block.left-on-overlay") {
+        /// The disk's name.
+        disk: String,
+        /// The path of the overlay.
+        overlay: String,
+        /// The path of what it is over.
+        below: String,
+    }
+    text "disk '{disk}' is on {overlay} over {below} now; nothing of it is lost, and both are needed";
+    remedy "put them together: strake disk consolidate VM {disk}";
 }

@@ -6,10 +6,7 @@ use std::sync::Arc;
 
 use strake_observe::{Observation, OsContext, Result};
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{
-    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion,
-    GuestRegionMmap,
-};
+use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap};
 
 use crate::observations::{MapFailed, MemfdRefused, SizeRefused};
 use crate::{GuestMemory, HIGH_RAM_START, LOW_RAM_END, RAM_MAX, RAM_UNIT, Ram};
@@ -20,6 +17,7 @@ pub struct GuestRam {
     ram: Ram,
     slots: Vec<Slot>,
     size: u64,
+    memfd: Arc<File>,
 }
 
 /// One contiguous range of RAM, as KVM is told about it.
@@ -75,7 +73,17 @@ impl GuestRam {
             ram: Ram::new(memory),
             slots,
             size,
+            memfd: file,
         })
+    }
+
+    /// Another descriptor of the memfd.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn memfd(&self) -> Result<OwnedFd> {
+        let memfd = self.memfd.try_clone();
+        Ok(memfd.os("dup", "the memfd of guest RAM")?.into())
     }
 
     /// The memory for devices; clones share it.
@@ -88,23 +96,6 @@ impl GuestRam {
     #[must_use]
     pub fn slots(&self) -> &[Slot] {
         &self.slots
-    }
-
-    /// The memfd once more, for another process that maps the same memory.
-    ///
-    /// # Errors
-    /// The process has no descriptor left.
-    pub fn memfd(&self) -> Result<OwnedFd> {
-        let memory = self.ram.memory();
-        let file = memory
-            .iter()
-            .next()
-            .and_then(GuestMemoryRegion::file_offset);
-        let copy = match file {
-            Some(file) => file.file().try_clone(),
-            None => Err(std::io::ErrorKind::NotFound.into()),
-        };
-        Ok(copy.os("dup", "the memfd of guest RAM")?.into())
     }
 
     /// Bytes of RAM.

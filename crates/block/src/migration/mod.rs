@@ -29,37 +29,46 @@
 //! lasts too long (`pause.rs`). Others touch it only through [`Control`]: `cancel` and `decide` set
 //! a word under its lock and wake both.
 //!
-//! * `passes`, `mirroring`: the methods; `choice`: when the first gives way to the second; `switch`:
-//!   the switch-over of both.
-//! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
-//!   which the guest waits; `control`: what the threads share; `journal`: the file.
+//! * `passes`, `mirroring`, `snapshot`: the methods; `choice`: when the first gives way to another;
+//!   `switch`: the switch-over; `overlay`: what `snapshot` and consolidations ask of an image's format.
+//! * `kept`: what a later run needs to go on.
+//! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `neighbour`: how much at once
+//!   beside the guest; `pause`: the scope in which the guest waits; `control`: what the threads share;
+//!   `journal`: the file.
 
 mod choice;
 mod control;
 mod copier;
 mod job;
 pub mod journal;
+mod kept;
 mod mirroring;
+mod neighbour;
+mod overlay;
 mod pace;
 mod passes;
 mod pause;
 mod plan;
+mod snapshot;
 mod switch;
 
 use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{
+    JobId, LimitsChange, Method, MigrationLimits, MigrationStatus, Phase, Stage,
+};
 use strake_api::spec::MAX_DISK;
-use strake_observe::{Because, OsContext, Result};
+use strake_observe::{Because, Observation, OsContext, Result};
 
 use self::control::Control;
 use self::job::Job;
 use self::journal::{Journal, Record};
+pub use self::overlay::{Delta, Has, Overlay};
 use crate::{
     Access, AlreadyMigrating, CancelTooLate, DestinationTooSmall, DiskTooLarge, Event, Image,
-    LiveDisk, MigrationFailed, ReadOnlyDisk,
+    LiveDisk, MigrationFailed, NoOverlay, PauseTooLate, ReadOnlyDisk,
 };
 
 /// What a migration asks of the machine and of the daemon. Called in the migration's own threads,
@@ -70,8 +79,8 @@ pub trait SwitchHooks: Send + Sync {
     /// `limit`: a guest of which some vCPUs stand already is waiting.
     ///
     /// # Errors
-    /// When the VM cannot be paused in time. It runs on then, the migration fails, and the disk
-    /// stays on its source.
+    /// When the VM cannot be paused in time. It runs on then, and the migration tries again, a few
+    /// times.
     fn suspend_vm(&self, limit: Duration) -> Result<()>;
 
     /// Lets the vCPUs run again, after a `suspend_vm` that succeeded, however the switch ended.
@@ -85,8 +94,41 @@ pub trait SwitchHooks: Send + Sync {
     /// comes by [`Migration::decide`] (which may be called from in here).
     fn await_commit(&self, job: &JobId);
 
+    /// The same with what the record is to name then; the answer comes by
+    /// [`Migration::decide_stage`]. Whoever starts jobs with an overlay has this.
+    fn await_stage(&self, job: &JobId, stage: Stage) {
+        debug_assert_eq!(
+            stage,
+            Stage::Destination,
+            "a question that nobody understands"
+        );
+        self.await_commit(job);
+    }
+
     /// The job reached a final phase.
     fn ended(&self, status: &MigrationStatus);
+}
+
+/// Whether a job can be taken up again should its process die.
+#[derive(Debug)]
+pub enum Keep {
+    /// It cannot.
+    Nothing,
+    /// In this empty file, which should lie beside the source: the guest waits for it now and then.
+    In(File),
+    /// An earlier run has left this file.
+    Again(File),
+}
+
+/// What a job has to do with.
+struct To {
+    destination: Arc<dyn Image>,
+    /// Of a consolidation.
+    overlay: Option<Arc<dyn Overlay>>,
+    /// For method `snapshot`.
+    delta: Option<Arc<dyn Delta>>,
+    journal: Option<File>,
+    keep: Keep,
 }
 
 /// A migration.
@@ -111,13 +153,109 @@ impl Migration {
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
     ) -> Result<Arc<Self>> {
+        Self::start_kept(
+            disk,
+            destination,
+            journal,
+            Keep::Nothing,
+            job,
+            limits,
+            hooks,
+        )
+    }
+
+    /// The same for a job that can be taken up again should this process or its host die: `keep` says
+    /// where that is kept, and whether an earlier run has left something there. What it left is believed:
+    /// the disk's image must be the source of that run, unchanged since, `destination` and `journal`
+    /// its files, and the guest must not have begun.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), and when what was left cannot be used.
+    pub fn start_kept(
+        disk: Arc<LiveDisk>,
+        destination: Arc<dyn Image>,
+        journal: File,
+        keep: Keep,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
+        let to = To {
+            destination,
+            overlay: None,
+            delta: None,
+            journal: Some(journal),
+            keep,
+        };
+        Self::claim(&disk, to, job, limits, hooks)
+    }
+
+    /// As [`start`](Self::start), with an overlay at hand: method `snapshot` puts the disk on it, and
+    /// `auto` does if that is better than mirroring. See `snapshot.rs` for what the daemon is asked
+    /// then, and what it finds if the job ends in the middle.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with_overlay(
+        disk: Arc<LiveDisk>,
+        (destination, delta): (Arc<dyn Image>, Arc<dyn Delta>),
+        journal: File,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
+        let to = To {
+            destination,
+            overlay: None,
+            delta: Some(delta),
+            journal: Some(journal),
+            keep: Keep::Nothing,
+        };
+        Self::claim(&disk, to, job, limits, hooks)
+    }
+
+    /// Starts moving what `overlay`, the uppermost layer of the disk's image, has into `base`, the
+    /// image below that layer. It is a migration to `base`: with the same methods, limits, question
+    /// and cancellation, and the disk is on `base` afterwards. Before that everything that `disk` has
+    /// is in the layer and below it, as ever; so there is no journal, and whoever begins again
+    /// after a crash loses time only.
+    ///
+    /// `base` is in use whatever becomes of the job: nobody may remove it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn consolidate(
+        disk: Arc<LiveDisk>,
+        base: Arc<dyn Image>,
+        overlay: Arc<dyn Overlay>,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
+        let to = To {
+            destination: base,
+            overlay: Some(overlay),
+            delta: None,
+            journal: None,
+            keep: Keep::Nothing,
+        };
+        Self::claim(&disk, to, job, limits, hooks)
+    }
+
+    fn claim(
+        disk: &Arc<LiveDisk>,
+        to: To,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
         if !disk.claim() {
             return Err(AlreadyMigrating {
                 disk: disk.name().to_owned(),
             }
             .into());
         }
-        let started = Self::start_claimed(&disk, destination, journal, job, limits, hooks);
+        let started = Self::start_claimed(disk, to, job, limits, hooks);
         if started.is_err() {
             disk.release();
         }
@@ -126,13 +264,19 @@ impl Migration {
 
     fn start_claimed(
         disk: &Arc<LiveDisk>,
-        destination: Arc<dyn Image>,
-        journal: File,
+        to: To,
         job: JobId,
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
     ) -> Result<Arc<Self>> {
         let source = disk.image();
+        let To {
+            destination,
+            overlay,
+            delta,
+            journal,
+            keep,
+        } = to;
         let failed = || MigrationFailed {
             job: job.to_string(),
             disk: disk.name().to_owned(),
@@ -140,6 +284,12 @@ impl Migration {
             destination: destination.path().to_owned(),
         };
         fits(disk, destination.as_ref()).because_of(failed)?;
+        if limits.method == Method::Snapshot && delta.is_none() {
+            return Err(Observation::from(NoOverlay {
+                job: job.to_string(),
+            }))
+            .because_of(failed);
+        }
         let record = Record {
             job: job.clone(),
             disk: disk.name().to_owned(),
@@ -149,31 +299,24 @@ impl Migration {
             phase: Phase::Preparing,
         };
         let journal = Journal::new(journal, record);
-        let status = MigrationStatus {
-            job: job.clone(),
-            disk: disk.name().to_owned(),
-            phase: Phase::Preparing,
-            size_bytes: disk.size(),
-            passes: Vec::new(),
-            throughput: 0,
-            expected_pause_ms: None,
-            pause_ms: None,
-            elapsed_ms: 0,
-            method: None,
-            failure: None,
-        };
+        let status = MigrationStatus::new(job.clone(), disk.name().to_owned(), disk.size());
         let event = Arc::new(Event::new().because_of(failed)?);
-        let control = Arc::new(Control::new(event, status));
-        let thread = Job::new(
+        let control = Arc::new(Control::new(event, status, limits));
+        let mut thread = Job::new(
             Arc::clone(disk),
             Arc::clone(&source),
             Arc::clone(&destination),
             journal,
-            limits,
             hooks,
             Arc::clone(&control),
         )
         .because_of(failed)?;
+        (thread.overlay, thread.delta) = (overlay, delta);
+        match keep {
+            Keep::Nothing => {}
+            Keep::In(file) => thread.kept = Some(file),
+            Keep::Again(file) => thread.again(file).because_of(failed)?,
+        }
         std::thread::Builder::new()
             .name(format!("migrate-{}", disk.name()))
             .spawn(move || thread.run())
@@ -214,18 +357,79 @@ impl Migration {
         .into())
     }
 
+    /// Ends the job as [`cancel`](Self::cancel) does, but what was kept stays true, so that it can be taken
+    /// up again: only for a disk that nobody changes any more. Its phase becomes
+    /// [`Interrupted`](Phase::Interrupted), or cancelled if nothing is kept.
+    ///
+    /// # Errors
+    /// As [`cancel`](Self::cancel).
+    pub fn interrupt(&self) -> Result<()> {
+        if self.control.interrupt() {
+            return Ok(());
+        }
+        Err(CancelTooLate {
+            job: self.control.job.to_string(),
+        }
+        .into())
+    }
+
+    /// Lets the job rest until [`resume`](Self::resume): what is on its way arrives, then nothing is
+    /// copied, and it does not switch over. What the guest writes is marked and copied later; a
+    /// mirroring ends for that time, so that a job that rests costs the guest nothing.
+    ///
+    /// # Errors
+    /// When the daemon was already asked to commit: its decision counts.
+    pub fn pause(&self) -> Result<()> {
+        if self.control.pause() {
+            return Ok(());
+        }
+        Err(PauseTooLate {
+            job: self.control.job.to_string(),
+        }
+        .into())
+    }
+
+    /// Lets a paused job go on where it was.
+    pub fn resume(&self) {
+        self.control.resume();
+    }
+
+    /// Changes the limits. They count from now on; a pause of the switch-over that has begun keeps
+    /// its own.
+    pub fn set(&self, change: &LimitsChange) {
+        self.control.set(change);
+    }
+
+    /// The limits as they are now.
+    #[must_use]
+    pub fn limits(&self) -> MigrationLimits {
+        self.control.limits()
+    }
+
     /// Whether the daemon was asked to commit and has not answered: the gate stays closed until
     /// [`decide`](Self::decide). From the first moment at which the question may have been put
     /// this is true, so whoever finds it may repeat the question.
     #[must_use]
     pub fn awaits_decision(&self) -> bool {
-        self.control.awaits_decision()
+        self.question().is_some()
+    }
+
+    /// What the daemon was asked and has not answered, if anything.
+    #[must_use]
+    pub fn question(&self) -> Option<Stage> {
+        self.control.question()
     }
 
     /// The daemon's answer to [`SwitchHooks::await_commit`]: whether the inventory's binding names
     /// the destination now. Without effect before the question and after the first answer.
     pub fn decide(&self, committed: bool) {
-        self.control.decide(committed);
+        self.decide_stage(Stage::Destination, committed);
+    }
+
+    /// The daemon's answer to [`SwitchHooks::await_stage`]. Without effect unless just that was asked
+    /// and not answered.
+    pub fn decide_stage(&self, stage: Stage, committed: bool) {
+        self.control.decide(stage, committed);
     }
 
     /// Waits until the job has ended and its last hook has returned.

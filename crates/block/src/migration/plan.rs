@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use strake_observe::Result;
 
+use super::kept::Known;
+use super::overlay::{Has, Overlay};
 use crate::{BLOCK_BYTES, DirtyBitmap, Image};
 
 /// The most that is copied at once. Large enough that devices reach their sequential speed, small
@@ -45,8 +47,14 @@ impl Chunk {
 
 /// The chunks of one pass, in ascending order.
 pub(crate) trait Plan {
-    /// The next chunk; none when the pass is complete.
-    fn next(&mut self) -> Result<Option<Chunk>>;
+    /// The next chunk, of `most` bytes at most (a power of two, [`BLOCK_BYTES`] to [`CHUNK_BYTES`]);
+    /// none when the pass is complete.
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>>;
+
+    /// Everything that is to be copied before this was planned or is marked.
+    fn frontier(&self) -> u64 {
+        u64::MAX
+    }
 }
 
 /// What a destination holds before the first pass.
@@ -58,13 +66,23 @@ pub(crate) enum Fresh {
     No,
 }
 
+/// Of what a first pass is about.
+#[derive(Debug)]
+pub(crate) enum Of {
+    /// All of an image. What has nothing there is made zeroes, unless the destination is fresh.
+    Image(Arc<dyn Image>, Fresh),
+    /// What a layer has itself. All else is at the destination.
+    Layer(Arc<dyn Overlay>),
+}
+
 /// The first pass: what is allocated.
 #[derive(Debug)]
 pub(crate) struct FirstPass {
-    source: Arc<dyn Image>,
+    of: Of,
     bitmap: Arc<DirtyBitmap>,
     size: u64,
-    fresh: Fresh,
+    /// What an earlier run of the job has copied, and what nobody has changed since.
+    known: Known,
     data: Data,
     at: u64,
     ahead: VecDeque<Ahead>,
@@ -85,21 +103,24 @@ enum Ahead {
 }
 
 impl FirstPass {
-    pub(crate) fn new(
-        source: Arc<dyn Image>,
-        bitmap: Arc<DirtyBitmap>,
-        size: u64,
-        fresh: Fresh,
-    ) -> Self {
+    pub(crate) fn new(of: Of, bitmap: Arc<DirtyBitmap>, size: u64) -> Self {
         Self {
-            source,
+            of,
             bitmap,
             size,
-            fresh,
+            known: Known::default(),
             data: Data::Copy,
             at: 0,
             ahead: VecDeque::new(),
         }
+    }
+
+    /// Leaves out what an earlier run of the job has copied. Only of whole images.
+    pub(crate) fn without(mut self, known: &Known) -> Self {
+        if matches!(self.of, Of::Image(..)) {
+            self.known = known.clone();
+        }
+        self
     }
 
     /// From here on data is not copied any more but marked in the bitmap, for a mirror to copy.
@@ -107,25 +128,50 @@ impl FirstPass {
         self.data = Data::Mark;
     }
 
-    /// Looks for the next allocated range. Data is taken in whole blocks, so that a block is
-    /// either copied or a hole.
+    /// Looks for what comes next. Data is taken in whole blocks, so that a block is either copied or
+    /// a hole.
     fn look(&mut self) -> Result<()> {
         if self.at >= self.size {
             return Ok(());
         }
-        let found = self.source.allocated(self.at)?;
-        let found = found.filter(|range| range.start < self.size && range.start < range.end);
+        let (limit, known) = self.known.run(self.at, self.size);
+        if known {
+            self.at = limit;
+            return Ok(());
+        }
+        let (found, fresh) = match &self.of {
+            Of::Image(source, fresh) => (source.allocated(self.at)?, *fresh),
+            Of::Layer(layer) => match layer.has(self.at)? {
+                // Only whole blocks of zeroes: beside them may be what the layer does not have.
+                Some((range, Has::Zeroes)) => match self.whole(&range) {
+                    Some(zeroes) => {
+                        let first = range.start - range.start % BLOCK_BYTES;
+                        if first < zeroes.start {
+                            self.ahead
+                                .push_back(Ahead::Data(first.max(self.at)..zeroes.start));
+                        }
+                        self.at = zeroes.end;
+                        self.ahead.push_back(Ahead::Hole(zeroes));
+                        return Ok(());
+                    }
+                    None => (Some(range.start..(range.start + 1)), Fresh::Yes),
+                },
+                Some((range, Has::Data)) => (Some(range), Fresh::Yes),
+                None => (None, Fresh::Yes),
+            },
+        };
+        let found = found.filter(|range| range.start < limit && range.start < range.end);
         let (start, end) = match found {
             Some(range) => {
                 let start = range.start - range.start % BLOCK_BYTES;
                 (
                     start.max(self.at),
-                    range.end.next_multiple_of(BLOCK_BYTES).min(self.size),
+                    range.end.next_multiple_of(BLOCK_BYTES).min(limit),
                 )
             }
-            None => (self.size, self.size),
+            None => (limit, limit),
         };
-        if self.at < start && self.fresh == Fresh::No {
+        if self.at < start && fresh == Fresh::No {
             self.ahead.push_back(Ahead::Hole(self.at..start));
         }
         if start < end {
@@ -134,12 +180,24 @@ impl FirstPass {
         self.at = end;
         Ok(())
     }
+
+    /// The whole blocks within a range, if there are any.
+    fn whole(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let end = range.end.min(self.size);
+        let start = range.start.next_multiple_of(BLOCK_BYTES);
+        let end = if end == self.size {
+            end
+        } else {
+            end - end % BLOCK_BYTES
+        };
+        (start < end).then_some(start..end)
+    }
 }
 
 impl Plan for FirstPass {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let ahead = loop {
-            if self.ahead.is_empty() {
+            while self.ahead.is_empty() && self.at < self.size {
                 self.look()?;
             }
             match self.ahead.pop_front() {
@@ -164,9 +222,7 @@ impl Plan for FirstPass {
                 }))
             }
             Ahead::Data(data) => {
-                let end = data
-                    .end
-                    .min(data.start - data.start % CHUNK_BYTES + CHUNK_BYTES);
+                let end = data.end.min(data.start - data.start % most + most);
                 if end < data.end {
                     self.ahead.push_front(Ahead::Data(end..data.end));
                 }
@@ -180,6 +236,13 @@ impl Plan for FirstPass {
                     wanted: len,
                 }))
             }
+        }
+    }
+
+    fn frontier(&self) -> u64 {
+        match self.ahead.front() {
+            Some(Ahead::Hole(range) | Ahead::Data(range)) => range.start,
+            None => self.at,
         }
     }
 }
@@ -218,7 +281,7 @@ impl<'a> DirtyPass<'a> {
 }
 
 impl Plan for DirtyPass<'_> {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let first = loop {
             let Some(block) = self.bitmap.next_marked(self.at) else {
                 return Ok(None);
@@ -228,7 +291,7 @@ impl Plan for DirtyPass<'_> {
             }
             self.at = block + 1;
         };
-        let most = first + CHUNK_BYTES / BLOCK_BYTES;
+        let most = first + most / BLOCK_BYTES;
         let mut end = first + 1;
         let mut look = end;
         while look < most.min(self.bitmap.blocks()) && look - end <= GAP_BLOCKS {
@@ -275,11 +338,11 @@ impl<'a> MirrorPass<'a> {
 }
 
 impl Plan for MirrorPass<'_> {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let Some(first) = self.bitmap.next_marked(self.at) else {
             return Ok(None);
         };
-        let blocks = CHUNK_BYTES / BLOCK_BYTES;
+        let blocks = most / BLOCK_BYTES;
         let most = (first - first % blocks + blocks).min(self.bitmap.blocks());
         let mut wanted = 0;
         let mut end = first;
@@ -302,16 +365,22 @@ impl Plan for MirrorPass<'_> {
 }
 
 /// How many bytes the first pass has before it.
-pub(crate) fn allocated_bytes(source: &dyn Image, size: u64) -> Result<u64> {
+pub(crate) fn allocated_bytes(source: &dyn Image, size: u64, known: &Known) -> Result<u64> {
     let mut sum = 0;
     let mut at = 0;
-    while let Some(range) = source.allocated(at)? {
-        let end = range.end.min(size);
-        if range.start >= end {
-            break;
+    while at < size {
+        let (limit, skip) = known.run(at, size);
+        if skip {
+            at = limit;
+            continue;
         }
-        sum += end - range.start;
-        at = end;
+        let Some(range) = source.allocated(at)?.filter(|it| it.start < size) else {
+            break;
+        };
+        let end = range.end.min(limit);
+        sum += end.saturating_sub(range.start.max(at));
+        // A hole up to a range that is known may end in it.
+        at = end.max(at + 1).max(range.start.min(limit));
     }
     Ok(sum)
 }

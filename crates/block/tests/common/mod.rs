@@ -145,6 +145,8 @@ pub struct Habit {
     pub depth: usize,
     /// Only 4 KiB writes and some reads, or every size, discards, zeroes and flushes as well.
     pub mixed: bool,
+    /// Whether there are discards among them. Without: zeroes instead.
+    pub discards: bool,
     /// At most so many requests per second, if any.
     pub per_second: Option<u64>,
     /// Whether failed requests are to be expected; what they wrote is unknown then.
@@ -156,6 +158,7 @@ impl Habit {
     pub const SMALL: Self = Self {
         depth: 32,
         mixed: false,
+        discards: true,
         per_second: None,
         may_fail: false,
         seed: 1,
@@ -341,8 +344,8 @@ impl Runner {
             let op = match kind {
                 0..55 => Operation::Write,
                 55..80 => Operation::Read,
-                80..86 => Operation::Discard { len },
-                86..92 => Operation::WriteZeroes { len, unmap: false },
+                80..86 if self.habit.discards => Operation::Discard { len },
+                80..92 => Operation::WriteZeroes { len, unmap: false },
                 92..96 => Operation::WriteZeroes { len, unmap: true },
                 _ => Operation::Flush,
             };
@@ -467,6 +470,7 @@ pub struct Hooks {
     /// No daemon is there to be asked.
     pub no_daemon: AtomicBool,
     pub at_suspend: Act,
+    pub at_refusal: Act,
     pub at_resume: Act,
 }
 
@@ -481,6 +485,7 @@ impl Hooks {
             refuse_suspend: AtomicBool::new(false),
             no_daemon: AtomicBool::new(false),
             at_suspend: Mutex::default(),
+            at_refusal: Mutex::default(),
             at_resume: Mutex::default(),
         };
         (Arc::new(hooks), receiver)
@@ -491,6 +496,7 @@ impl SwitchHooks for Hooks {
     fn suspend_vm(&self, limit: Duration) -> Result<()> {
         assert!(limit <= Duration::from_secs(60), "{limit:?}");
         if self.refuse_suspend.load(Ordering::Relaxed) {
+            act(&self.at_refusal);
             return Err(strake_block::NoUring {
                 reason: "a vCPU does not stop (for this test)".into(),
             }

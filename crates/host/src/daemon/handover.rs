@@ -322,7 +322,7 @@ impl Host {
                 identity,
                 version,
             }),
-            Err(seen) => Err(seen.because_all(newborn.end_and_tell(name, &log))),
+            Err(seen) => Err(seen.because_all(self.end_of_newborn(newborn, name, &log))),
         }
     }
 

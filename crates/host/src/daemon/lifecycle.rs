@@ -21,6 +21,7 @@ use strake_api::control::Request;
 use strake_api::rest::{RestartVm, Restarted, StopVm, Vm, VmState};
 use strake_observe::{Because, Observation, Result, Task};
 
+use super::death::Death;
 use super::launch::Launch;
 use super::live::{Cell, Live, Monitor, state_name};
 use super::supervise::Recorded;
@@ -31,8 +32,8 @@ use crate::monitor::connection::{Connection, Events, Greeting, QUICK};
 use crate::monitor::process::{Ending, Process};
 use crate::monitor::spawn;
 use crate::observations::{
-    MonitorBrokeOut, MonitorDied, MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable,
-    StartFailed, StartUnclear, StopFailed, StopTimedOut, WrongState,
+    MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable, StartFailed, StartUnclear,
+    StopFailed, StopTimedOut, WrongState,
 };
 use crate::storage::store::remove_file;
 
@@ -198,11 +199,28 @@ impl Host {
             }
             Err(seen) => seen,
         };
-        let told = newborn.end_and_tell(name, &log);
+        let told = self.end_of_newborn(newborn, name, &log);
         if let Err(more) = remove_file(&socket) {
             task.saw(more);
         }
         Err(seen.because_all(told))
+    }
+
+    /// Ends a monitor that has no guest; tells how it ended if it did so by itself, and what it said
+    /// last: that says more than the connection that it left.
+    pub(super) fn end_of_newborn(
+        &self,
+        newborn: Newborn,
+        vm: &str,
+        log: &Path,
+    ) -> Option<Observation> {
+        match newborn.end() {
+            Some((pid, how)) => Some(self.monitor_died(vm, pid, Some(Death::Seen(how)), None)),
+            None => spawn::last_words(log).map(|lines| {
+                let path = crate::config::show(log);
+                MonitorSaid { path, lines }.into()
+            }),
+        }
     }
 
     /// From hello to the running guest. An error means that the guest does not run.
@@ -458,30 +476,6 @@ impl Newborn {
             Self::Held(process) => Ok(Some(process.identity())),
             Self::Gone => Ok(None),
         }
-    }
-
-    /// Ends it; tells how it ended if it did so by itself, and what it said last.
-    pub(super) fn end_and_tell(self, vm: &str, log: &Path) -> Vec<Observation> {
-        // A monitor that ended by itself says more than the connection that it left.
-        let ended = self.end();
-        let death = ended.map(|(pid, how)| MonitorDied {
-            vm: vm.to_owned(),
-            pid,
-            how: how.to_string(),
-        });
-        let broke_out = ended.filter(|(_, how)| how.broke_out());
-        let broke_out = broke_out.map(|_| MonitorBrokeOut {
-            vm: vm.to_owned(),
-            log: crate::config::show(log),
-        });
-        let said = spawn::last_words(log).map(|lines| MonitorSaid {
-            path: crate::config::show(log),
-            lines,
-        });
-        let seen = death.map(Observation::from).into_iter();
-        seen.chain(broke_out.map(Observation::from))
-            .chain(said.map(Observation::from))
-            .collect()
     }
 
     /// Holds the process that answered the hello: the child itself, or its child if a jail put a
