@@ -101,6 +101,12 @@ pub trait VirtioDevice: Send + Sync + 'static {
     /// have ended.
     fn reset(&self);
 
+    /// Prepares for being restored with so many queues in use: opens what takes long.
+    ///
+    /// # Errors
+    /// A backend cannot be set up.
+    fn prepare(&self, queues: usize) -> Result<()>;
+
     /// Adds its own record: what the guest sees of it beside the transport, and what it would miss.
     /// The workers stand still.
     ///

@@ -1,9 +1,9 @@
 //! What the guest sees of a disk.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use strake_block::{LiveDisk, SECTOR_BYTES};
+use strake_block::{DiskQueue, LiveDisk, SECTOR_BYTES};
 use strake_observe::{Because, Observation, Result};
 use strake_state::Records;
 use strake_state::observations::ShapeDiffers;
@@ -68,6 +68,8 @@ pub struct VirtioBlk {
     /// Whether the guest keeps the write cache on; a guest that turns it off gets each write
     /// flushed before it hears of it.
     writeback: Arc<AtomicBool>,
+    /// Queues on the disk that were opened before they are needed.
+    spare: Mutex<Vec<DiskQueue>>,
     signal: OnceLock<ConfigSignal>,
 }
 
@@ -99,8 +101,22 @@ impl VirtioBlk {
             queues: config.queues,
             serial,
             writeback: Arc::new(AtomicBool::new(true)),
+            spare: Mutex::default(),
             signal: OnceLock::new(),
         })
+    }
+
+    fn open_queue(&self) -> Result<DiskQueue> {
+        self.disk
+            .queue(u32::from(QUEUE_SIZE))
+            .because_of(|| DeviceUnusable {
+                device: self.name.clone(),
+                doing: "opening a queue of its disk".to_owned(),
+            })
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<DiskQueue>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The configuration structure of the standard, section 5.2.4.
@@ -187,13 +203,10 @@ impl VirtioDevice for VirtioBlk {
         let flushes = activation.features & feature(VIRTIO_BLK_F_FLUSH) != 0;
         let mut works: Vec<Box<dyn Work>> = Vec::new();
         for active in activation.queues.into_iter().flatten() {
-            let queue = self
-                .disk
-                .queue(u32::from(QUEUE_SIZE))
-                .because_of(|| DeviceUnusable {
-                    device: self.name.clone(),
-                    doing: "opening a queue of its disk".to_owned(),
-                })?;
+            let queue = match self.spare().pop() {
+                Some(queue) => queue,
+                None => self.open_queue()?,
+            };
             works.push(Box::new(BlkWork::new(
                 format!("{}-{}", self.name, active.queue.index()),
                 active,
@@ -212,6 +225,15 @@ impl VirtioDevice for VirtioBlk {
 
     fn reset(&self) {
         self.writeback.store(true, Ordering::Release);
+    }
+
+    fn prepare(&self, queues: usize) -> Result<()> {
+        let mut spare = self.spare();
+        while spare.len() < queues.min(usize::from(self.queues)) {
+            let queue = self.open_queue()?;
+            spare.push(queue);
+        }
+        Ok(())
     }
 
     fn save(&self, records: &mut Records) -> Result<()> {
