@@ -118,7 +118,9 @@ impl Control {
     pub(crate) fn cancel(&self) -> bool {
         {
             let mut state = lock(&self.state);
-            if state.asked && !state.ended {
+            // With the disk on its overlay the job goes on, and can be cancelled there.
+            let goes_on = state.stage == Stage::Overlay && state.decision == Some(true);
+            if state.asked && !state.ended && !goes_on {
                 return false;
             }
             state.cancelled = true;
