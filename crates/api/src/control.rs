@@ -17,7 +17,7 @@ use strake_observe::Observation;
 pub use crate::image::{ImageConfig, ImageFormat, LayerAccess, LayerConfig};
 pub use crate::spec::ConsoleKind;
 
-use crate::job::{JobId, MigrationLimits, MigrationStatus};
+use crate::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus};
 
 /// The version of this protocol. A monitor refuses another one by name.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -115,6 +115,24 @@ pub enum Request {
     CancelJob {
         /// Which.
         job: JobId,
+    },
+    /// Lets a job rest: it copies nothing and does not switch over until [`Request::ResumeJob`], and
+    /// what the guest writes meanwhile is only marked. Refused once the daemon was asked to commit.
+    PauseJob {
+        /// Which.
+        job: JobId,
+    },
+    /// Lets a paused job go on.
+    ResumeJob {
+        /// Which.
+        job: JobId,
+    },
+    /// Changes a job's limits while it runs.
+    SetJob {
+        /// Which.
+        job: JobId,
+        /// What changes.
+        change: LimitsChange,
     },
     /// The answer to [`Event::JobAwaitsCommit`]: what the inventory's transaction decided.
     JobDecision {
@@ -265,6 +283,9 @@ pub struct MachineConfig {
     pub console: ConsoleKind,
     /// The file that the output of both consoles is appended to.
     pub console_log: FdIndex,
+    /// An empty file that outlives the monitor, for its last observations.
+    #[serde(default)]
+    pub observations: Option<FdIndex>,
 }
 
 /// The guest's RAM: one memfd, mapped below and above the hole under 4 GiB.

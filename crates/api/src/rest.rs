@@ -15,6 +15,9 @@
 //! | `GET /v1/jobs` | list of [`Job`] |
 //! | `GET /v1/jobs/{id}` | [`Job`] |
 //! | `POST /v1/jobs/{id}/cancel` | [`Job`] |
+//! | `POST /v1/jobs/{id}/pause` | [`Job`] |
+//! | `POST /v1/jobs/{id}/resume` | [`Job`] |
+//! | `POST /v1/jobs/{id}/set` with [`LimitsChange`](crate::job::LimitsChange) | [`Job`] |
 //! | `GET /v1/datastores` | list of [`Datastore`] |
 //! | `POST /v1/datastores` with [`AddDatastore`] | [`Datastore`] |
 //! | `DELETE /v1/datastores/{name}` | – |
@@ -190,6 +193,9 @@ pub struct Job {
     pub format: ImageFormat,
     /// The destination's datastore.
     pub to: String,
+    /// Its limits as they are now.
+    #[serde(default)]
+    pub limits: MigrationLimits,
     /// Progress.
     pub status: MigrationStatus,
 }

@@ -9,8 +9,10 @@ use std::sync::Arc;
 use strake_api::control::{
     DiskCounters, DiskStatus, Event, ExitReason, MachineConfig, Reply, Request, RunState, VmStatus,
 };
+use strake_api::job::Progress;
 
 use strake_block::Image;
+use strake_observe::{Ring, State, recorder};
 
 use crate::images::{self, Fds};
 use crate::jobs::{Job, Order};
@@ -52,6 +54,9 @@ impl Machine {
     pub(crate) fn new(config: &MachineConfig, cmdline: String, fds: Vec<OwnedFd>) -> Self {
         let mut fds = Fds::new(fds);
         let log = fds.take(config.console_log).unwrap_or_else(|| exit(4));
+        if let Some(file) = config.observations.and_then(|index| fds.take(index)) {
+            recorder().outlive(Ring::new(File::from(file)));
+        }
         let disks = config
             .disks
             .iter()
@@ -169,6 +174,9 @@ impl Machine {
                 None => Reply::Failed(staged("no such job")),
             },
             Request::CancelJob { job } => self.cancel(&job, &mut events),
+            Request::PauseJob { job } => self.paused(&job, Progress::Paused),
+            Request::ResumeJob { job } => self.paused(&job, Progress::On),
+            Request::SetJob { job, change } => self.set(&job, &change),
             Request::JobDecision { job, committed } => self.decided(&job, committed, &mut events),
             Request::Hello { .. } | Request::Configure(_) | Request::Stop | Request::Dismiss => {
                 Reply::Done
@@ -224,6 +232,12 @@ impl Machine {
             ["crash"] => {
                 eprintln!("crashes because a test says so");
                 abort();
+            }
+            // Seen, and killed before it could be told.
+            ["see-and-die"] => {
+                recorder().record(staged("seen in the last moment"), State::Open);
+                let us = rustix::process::getpid();
+                let _ = rustix::process::kill_process(us, rustix::process::Signal::KILL);
             }
             ["poweroff"] => events.push(exited(ExitReason::GuestPowerOff)),
             ["reset"] => events.push(exited(ExitReason::GuestReset)),

@@ -7,6 +7,7 @@ mod datastore;
 mod disk;
 mod doctor;
 mod jobs;
+mod limits;
 mod logs;
 mod man;
 mod observations;

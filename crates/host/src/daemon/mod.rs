@@ -23,6 +23,7 @@ mod commit;
 mod console;
 mod create;
 mod datastores;
+mod death;
 mod housekeeping;
 mod launch;
 mod lifecycle;
