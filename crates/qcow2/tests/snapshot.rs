@@ -325,6 +325,34 @@ fn an_overlay_that_gets_too_large_goes_back_into_the_source() {
 }
 
 #[test]
+fn a_job_that_rests_does_not_let_the_overlay_grow_without_bound() {
+    if !peers() {
+        return;
+    }
+    let bench = Bench::new(Kept::Raw, Kept::Raw, 16);
+    bench
+        .destination
+        .add(Fault::delaying(FaultOn::Change, Duration::from_millis(100)));
+    let job = bench.job(MigrationLimits {
+        delta_bytes: Some(2 << 20),
+        ..limits()
+    });
+    commit(&job, Stage::Overlay);
+    // As soon as it has heard the answer.
+    while job.migration.pause().is_err() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let guest = bench.guest(Habit::SMALL);
+    assert_eq!(question(&job), Some(Stage::Source));
+    assert!(job.migration.pause().is_err());
+    job.migration.decide_stage(Stage::Source, true);
+    failed_because::<OverlayFull>(&job.migration.join());
+    bench.is_on("source");
+    let expected = guest.stop();
+    bench.is_sound("source", Kept::Raw, &expected);
+}
+
+#[test]
 fn a_destination_that_fails_leaves_the_disk_on_its_source() {
     if !peers() {
         return;

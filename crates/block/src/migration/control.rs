@@ -40,6 +40,8 @@ struct State {
     paused: bool,
     /// How often that was asked for.
     pauses: u32,
+    /// It cannot be paused any more.
+    hurries: bool,
     /// The daemon was asked; from now on only its answer counts.
     asked: bool,
     /// What it was asked.
@@ -166,7 +168,7 @@ impl Control {
     pub(crate) fn pause(&self) -> bool {
         {
             let mut state = lock(&self.state);
-            if state.asked && !state.ended {
+            if (state.asked || state.hurries) && !state.ended {
                 return false;
             }
             if !state.paused {
@@ -177,6 +179,12 @@ impl Control {
         }
         self.event.signal();
         true
+    }
+
+    /// From here on it does not rest: an overlay grows.
+    pub(crate) fn hurry(&self) {
+        lock(&self.state).hurries = true;
+        self.resume();
     }
 
     /// Lets it go on.

@@ -287,7 +287,7 @@ impl Job {
             Err(stop) => return Err(stop.into()),
         }
         self.flush_destination()?;
-        self.go_on()
+        self.look_around()
     }
 
     /// Steps 4 and 5, or the way back: puts what the overlay has into what it is over.
@@ -297,6 +297,8 @@ impl Job {
         into: Arc<dyn Image>,
         stage: Stage,
     ) -> Result<(), End> {
+        // The overlay grows until this is done, and nothing bounds it but the end.
+        self.control.hurry();
         let size = self.disk.size();
         self.source = self.disk.image();
         self.destination = into;
