@@ -147,7 +147,7 @@ impl Bench {
     }
 
     /// The disk as it is found by whoever starts the VM again, by its file of that name.
-    fn is_sound(self, name: &str, kept: Kept, expected: &Vec<u64>) {
+    fn ends_on(self, name: &str, kept: Kept, expected: &Vec<u64>) {
         let path = self.path(name);
         let Self {
             dir,
@@ -260,7 +260,7 @@ fn no_sector_is_lost_from_any_image_to_any_other() {
                 std::thread::sleep(Duration::from_millis(1));
             }
             let expected = guest.stop();
-            bench.is_sound("copy", to, &expected);
+            bench.ends_on("copy", to, &expected);
         }
     }
 }
@@ -290,7 +290,7 @@ fn the_image_does_not_change_while_it_is_copied() {
     assert_eq!(job.migration.join().phase, Phase::Completed);
     assert!(common::read_all(source.as_ref()) == before);
     let expected = guest.stop();
-    bench.is_sound("copy", Kept::Raw, &expected);
+    bench.ends_on("copy", Kept::Raw, &expected);
 }
 
 #[test]
@@ -320,7 +320,7 @@ fn an_overlay_that_gets_too_large_goes_back_into_the_source() {
         bench.is_on("source");
         std::fs::remove_file(bench.path("overlay")).unwrap();
         let expected = guest.stop();
-        bench.is_sound("source", from, &expected);
+        bench.ends_on("source", from, &expected);
     }
 }
 
@@ -349,7 +349,7 @@ fn a_job_that_rests_does_not_let_the_overlay_grow_without_bound() {
     failed_because::<OverlayFull>(&job.migration.join());
     bench.is_on("source");
     let expected = guest.stop();
-    bench.is_sound("source", Kept::Raw, &expected);
+    bench.ends_on("source", Kept::Raw, &expected);
 }
 
 #[test]
@@ -377,7 +377,7 @@ fn a_destination_that_fails_leaves_the_disk_on_its_source() {
         }
         bench.is_on("source");
         let expected = guest.stop();
-        bench.is_sound("source", Kept::Raw, &expected);
+        bench.ends_on("source", Kept::Raw, &expected);
     }
 }
 
@@ -395,7 +395,7 @@ fn it_is_refused_or_cancelled_anywhere_and_the_disk_is_whole() {
     failed_because::<CommitRefused>(&job.migration.join());
     bench.is_on("source");
     let expected = guest.stop();
-    bench.is_sound("source", Kept::Raw, &expected);
+    bench.ends_on("source", Kept::Raw, &expected);
 
     // At the second one it is on the overlay, and stays there.
     let bench = Bench::new(Kept::Qcow2(16), Kept::Qcow2(16), 16);
@@ -411,7 +411,7 @@ fn it_is_refused_or_cancelled_anywhere_and_the_disk_is_whole() {
     bench.is_on("overlay");
     let expected = guest.stop();
     bench.disk.flush().unwrap();
-    bench.is_sound("overlay", Kept::Chain(0), &expected);
+    bench.ends_on("overlay", Kept::Chain(0), &expected);
 
     // In between.
     for millis in [0, 2, 10, 30, 60, 120] {
@@ -433,7 +433,7 @@ fn it_is_refused_or_cancelled_anywhere_and_the_disk_is_whole() {
         bench.is_on("overlay");
         let expected = guest.stop();
         bench.disk.flush().unwrap();
-        bench.is_sound("overlay", Kept::Chain(0), &expected);
+        bench.ends_on("overlay", Kept::Chain(0), &expected);
     }
 }
 
@@ -473,7 +473,7 @@ fn auto_takes_the_overlay_if_the_guest_writes_too_fast_and_there_is_room() {
         assert_eq!(status.phase, Phase::Completed, "{status:?}");
         bench.is_on("copy");
         let expected = guest.stop();
-        bench.is_sound("copy", Kept::Raw, &expected);
+        bench.ends_on("copy", Kept::Raw, &expected);
     }
 }
 
