@@ -37,12 +37,13 @@ pub struct Machine {
     /// In the order in which they are started; they are brought to rest in the opposite one.
     pub(crate) components: Vec<Arc<dyn Component>>,
     pub(crate) disks: Vec<Arc<LiveDisk>>,
-    pub(crate) console: Arc<ConsoleHub>,
-    pub(crate) power: Arc<AcpiPm>,
+    /// What only a guest has.
+    pub(crate) console: Option<Arc<ConsoleHub>>,
+    pub(crate) power: Option<Arc<AcpiPm>>,
     pub(crate) jobs: Jobs,
     pub(crate) mailbox: Arc<Mailbox>,
     /// Last, so that the devices' interrupts and doorbells go first.
-    pub(crate) _vm: Vm,
+    pub(crate) _vm: Option<Vm>,
 }
 
 /// Why the vCPUs run or not.
@@ -150,7 +151,10 @@ impl Machine {
         if run.started.is_none() || run.stopped {
             return Err(wrong_state("press the power button", "not running"));
         }
-        self.power.press_power_button();
+        match &self.power {
+            Some(power) => power.press_power_button(),
+            None => return Err(wrong_state("press the power button", "an export")),
+        }
         Ok(())
     }
 
@@ -159,7 +163,10 @@ impl Machine {
     /// # Errors
     /// The console takes no more.
     pub fn attach_console(&self, stream: OwnedFd) -> Result<()> {
-        self.console.attach(stream)
+        match &self.console {
+            Some(console) => console.attach(stream),
+            None => Err(wrong_state("attach a console", "an export")),
+        }
     }
 
     /// Its state, as long as its guest has not ended.
@@ -278,7 +285,9 @@ impl Machine {
             }
         }
         // What the guest said last reaches the log.
-        self.console.close();
+        if let Some(console) = &self.console {
+            console.close();
+        }
         seen
     }
 
