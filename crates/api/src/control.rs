@@ -14,6 +14,7 @@
 use serde::{Deserialize, Serialize};
 use strake_observe::Observation;
 
+pub use crate::image::{ImageConfig, ImageFormat, LayerAccess, LayerConfig};
 pub use crate::spec::ConsoleKind;
 
 use crate::job::{JobId, MigrationLimits, MigrationStatus};
@@ -28,8 +29,9 @@ pub const LISTEN_FD: i32 = 3;
 /// its jobs go, then causes far down in its observations, which say so.
 pub const MAX_PACKET: usize = 128 * 1024;
 
-/// The most descriptors in one packet (the kernel's own bound is 253).
-pub const MAX_FDS: usize = 64;
+/// The most descriptors in one packet: the kernel's own bound. A VM whose disks have more layers than
+/// that leaves is not started, see the daemon.
+pub const MAX_FDS: usize = 253;
 
 /// The place of a descriptor among those of its packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,16 +96,14 @@ pub enum Request {
         /// The monitor's end.
         stream: FdIndex,
     },
-    /// Starts a migration with method `dirty`. Answered by [`Reply::Done`] once it is accepted.
+    /// Starts a migration. Answered by [`Reply::Done`] once it is accepted.
     MigrateDisk {
         /// Names it from now on.
         job: JobId,
         /// The disk's name.
         disk: String,
         /// The destination: an empty, writable image at least as large as the disk.
-        destination: FdIndex,
-        /// Its path, for observations only.
-        destination_path: String,
+        destination: ImageConfig,
         /// The job's journal file beside the destination.
         journal: FdIndex,
         /// Limits.
@@ -369,11 +369,8 @@ pub struct DiskConfig {
     pub name: String,
     /// Its PCI slot, 1 to 31, recorded by the inventory so that it never changes by accident.
     pub slot: u8,
-    /// The image, open for reading and, unless read-only, writing; with O_DIRECT where the file
-    /// system can.
-    pub image: FdIndex,
-    /// Its path, for observations only.
-    pub path: String,
+    /// Its image, writable unless the disk is read-only.
+    pub image: ImageConfig,
     /// Whether the guest may not write.
     pub read_only: bool,
     /// What the guest sees as its serial number, at most 20 bytes.

@@ -4,9 +4,11 @@
 //! * [`spec`]: what an operator writes about a VM, in TOML, and its validation.
 //! * [`rest`]: the daemon's API over HTTP, as JSON.
 //! * [`control`]: the daemon's protocol with a monitor, as packets with descriptors.
+//! * [`image`]: formats of images, and how a monitor is given one.
 //! * [`job`]: progress of long work, the same in both protocols.
 
 pub mod control;
+pub mod image;
 pub mod job;
 mod observations;
 pub mod rest;

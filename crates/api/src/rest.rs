@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use strake_observe::Observation;
 
 use crate::control::{DiskCounters, ExitReason};
+use crate::image::ImageFormat;
 use crate::job::{MigrationLimits, MigrationStatus};
 use crate::spec::VmSpec;
 
@@ -130,11 +131,13 @@ pub struct Disk {
     pub name: String,
     /// The image that holds its data: the binding.
     pub image: String,
+    /// The image's format.
+    pub format: ImageFormat,
     /// The datastore of that image, if it is in one.
     pub datastore: Option<String>,
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// What the image takes on its store, in bytes, if it can be told.
+    /// What the image and everything below it take on their stores, in bytes, if it can be told.
     pub allocated_bytes: Option<u64>,
     /// Its PCI slot.
     pub slot: u8,
@@ -161,6 +164,9 @@ pub struct Nic {
 pub struct MigrateDisk {
     /// The destination datastore.
     pub to: String,
+    /// The format of the destination; that of the source if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<ImageFormat>,
     /// Limits; defaults where absent.
     #[serde(default)]
     pub limits: MigrationLimits,
@@ -176,8 +182,12 @@ pub struct Job {
     pub vm: String,
     /// The image that it copies from.
     pub source: String,
+    /// Its format.
+    pub source_format: ImageFormat,
     /// The image that it copies to.
     pub destination: String,
+    /// Its format.
+    pub format: ImageFormat,
     /// The destination's datastore.
     pub to: String,
     /// Progress.

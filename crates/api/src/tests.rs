@@ -1,8 +1,9 @@
 //! What crosses between processes comes through whole, and the largest of it fits.
 
 use crate::control::{
-    Body, BootConfig, ConsoleKind, DiskConfig, Event, ExitReason, FdIndex, MAX_FDS, MAX_PACKET,
-    MachineConfig, MemoryConfig, NicConfig, Packet, Reply, Request, RunState, VmStatus,
+    Body, BootConfig, ConsoleKind, DiskConfig, Event, ExitReason, FdIndex, ImageConfig,
+    ImageFormat, LayerAccess, LayerConfig, MAX_FDS, MAX_PACKET, MachineConfig, MemoryConfig,
+    NicConfig, Packet, Reply, Request, RunState, VmStatus,
 };
 use crate::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase};
 use crate::spec::{MAX_CMDLINE, MAX_DEVICE_NAME, MAX_DEVICES, MAX_NAME, MAX_PATH};
@@ -54,8 +55,10 @@ fn largest_machine() -> MachineConfig {
             DiskConfig {
                 name: device.clone(),
                 slot: 31,
-                image: FdIndex(4),
-                path,
+                image: ImageConfig::Raw {
+                    file: FdIndex(4),
+                    path,
+                },
                 read_only: false,
                 serial: device.clone(),
                 queues: 16,
@@ -108,8 +111,14 @@ fn packets_come_through_whole() {
         Body::Request(Request::MigrateDisk {
             job: job(),
             disk: "root".into(),
-            destination: FdIndex(0),
-            destination_path: "/x".into(),
+            destination: ImageConfig::Qcow2 {
+                layers: vec![LayerConfig {
+                    file: FdIndex(0),
+                    path: "/x".into(),
+                    format: ImageFormat::Qcow2,
+                    access: LayerAccess::ReadWrite,
+                }],
+            },
             journal: FdIndex(1),
             limits: MigrationLimits::default(),
         }),

@@ -34,3 +34,4 @@ pub use crash::CRASH_POINTS;
 pub use daemon::{Host, Images};
 pub use monitor::packet;
 pub use storage::identity::FileIdentity;
+pub use storage::location::{Binding, Location};

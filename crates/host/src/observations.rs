@@ -206,6 +206,30 @@ strake_observe::catalog! {
     text "image {path} cannot be used: {reason}";
     remedy "{advice}";
 
+    /// A chain of images cannot be used.
+    ChainRefused("host.chain-refused") {
+        /// The path of its first image.
+        path: String,
+    }
+    text "image {path} cannot be used with what is below it";
+    remedy "do what the cause asks for";
+
+    /// Something is done that only files can have done to them.
+    NotAFile("host.not-a-file") {
+        /// The location.
+        location: String,
+    }
+    text "{location} is not a file of this host";
+    remedy "do this with a disk that is a file or a block device";
+
+    /// A monitor would need more files than it can be given.
+    TooManyFiles("host.too-many-files") {
+        /// How many it can be given.
+        most: usize,
+    }
+    text "the VM's devices and the layers of its disks' images are more than the {most} files that a monitor can be given";
+    remedy "consolidate its snapshots, or migrate disks that have many layers: that makes one layer of them";
+
     /// An image is locked.
     ImageInUse("host.image-in-use") {
         /// Its path.

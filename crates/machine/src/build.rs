@@ -12,7 +12,7 @@ use strake_api::control::{BootConfig, ConsoleKind, DiskConfig, MachineConfig};
 use strake_arch::acpi::{self, AcpiConfig};
 use strake_arch::boot::{self, Entry};
 use strake_arch::{cpuid, layout, msr};
-use strake_block::{Access, LiveDisk, RawImage};
+use strake_block::{Access, LiveDisk};
 use strake_devices::interrupt::{Doorbells, MsiBroker};
 use strake_devices::lifecycle::Component;
 use strake_devices::pci::{PciFunction, SLOTS};
@@ -27,6 +27,7 @@ use strake_observe::{Because, Observation, Result};
 
 use crate::adapters::KvmPlatform;
 use crate::boot_disk;
+use crate::images;
 use crate::jobs::Jobs;
 use crate::observations::{BadConfig, BuildFailed, NoSuchDisk};
 use crate::platform::Platform;
@@ -239,9 +240,9 @@ pub(crate) fn open_disk(
     } else {
         Access::ReadWrite
     };
-    let fd = fds.take(disk.image, &format!("the image of disk '{}'", disk.name))?;
-    let image = RawImage::from_fd(fd, disk.path.clone(), access)?;
-    let live = LiveDisk::new(disk.name.clone(), Arc::new(image));
+    let purpose = format!("the image of disk '{}'", disk.name);
+    let image = images::open(&disk.image, access, &purpose, fds)?;
+    let live = LiveDisk::new(disk.name.clone(), image);
     let observer = Arc::clone(mailbox);
     live.set_observer(Arc::new(move |seen| observer.observe(seen)));
     Ok(live)

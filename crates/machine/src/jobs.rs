@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use strake_api::control::Event;
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus};
-use strake_block::{Access, LiveDisk, Migration, RawImage, SwitchHooks};
+use strake_block::{Image, LiveDisk, Migration, SwitchHooks};
 use strake_observe::Result;
 
 use crate::Mailbox;
@@ -35,9 +35,7 @@ pub struct MigrationRequest {
     /// The disk.
     pub disk: String,
     /// The destination image.
-    pub destination: OwnedFd,
-    /// Its path, for observations.
-    pub destination_path: String,
+    pub destination: Arc<dyn Image>,
     /// The journal.
     pub journal: OwnedFd,
     /// Limits.
@@ -118,14 +116,9 @@ impl Jobs {
             .ok_or_else(|| NoSuchDisk {
                 disk: request.disk.clone(),
             })?;
-        let destination = RawImage::from_fd(
-            request.destination,
-            request.destination_path,
-            Access::ReadWrite,
-        )?;
         let migration = Migration::start(
             Arc::clone(disk),
-            Arc::new(destination),
+            request.destination,
             File::from(request.journal),
             request.job.clone(),
             request.limits,

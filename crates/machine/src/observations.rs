@@ -36,6 +36,18 @@ strake_observe::catalog! {
     text "descriptor {index} for {purpose} did not come ({count} descriptors came) or was used twice";
     remedy "this is a fault of the daemon: report it with both versions";
 
+    /// An image is not what it is to be used for.
+    ImageMismatch("machine.image-mismatch") {
+        /// Its path.
+        path: String,
+        /// What it is for.
+        purpose: String,
+        /// Why it does not fit.
+        reason: String,
+    }
+    text "image {path} does not fit {purpose}: {reason}";
+    remedy "this is a fault of the daemon: report it with both versions";
+
     /// A packet that is none of the protocol.
     BadPacket("machine.bad-packet") {
         /// What is wrong.

@@ -2,24 +2,26 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::process::{abort, exit};
+use std::sync::Arc;
 
 use strake_api::control::{
-    DiskCounters, DiskStatus, Event, ExitReason, FdIndex, MachineConfig, Reply, Request, RunState,
-    VmStatus,
+    DiskCounters, DiskStatus, Event, ExitReason, MachineConfig, Reply, Request, RunState, VmStatus,
 };
 
+use strake_block::Image;
+
+use crate::images::{self, Fds};
 use crate::jobs::{Job, Order};
-use crate::{buffered, read_some, say, staged};
+use crate::{read_some, say, staged};
 
 pub(crate) struct Disk {
     pub(crate) name: String,
     /// As large as the image was when the guest was started.
     pub(crate) size: u64,
     /// The image that the guest writes to: with its lock, the authoritative one.
-    pub(crate) image: File,
+    pub(crate) image: Arc<dyn Image>,
 }
 
 /// An answer that is to be late.
@@ -48,20 +50,20 @@ pub(crate) struct Machine {
 
 impl Machine {
     pub(crate) fn new(config: &MachineConfig, cmdline: String, fds: Vec<OwnedFd>) -> Self {
-        let mut fds: Vec<Option<OwnedFd>> = fds.into_iter().map(Some).collect();
-        let mut take = |index: FdIndex| {
-            let fd = fds.get_mut(usize::from(index.0)).and_then(Option::take);
-            fd.unwrap_or_else(|| exit(4))
-        };
-        let log = File::from(take(config.console_log));
+        let mut fds = Fds::new(fds);
+        let log = fds.take(config.console_log).unwrap_or_else(|| exit(4));
         let disks = config
             .disks
             .iter()
             .map(|disk| {
-                let image = buffered(take(disk.image));
+                let image = images::open(&disk.image, disk.read_only, &mut fds);
+                let image = image.unwrap_or_else(|seen| {
+                    eprintln!("{seen}");
+                    exit(4)
+                });
                 Disk {
                     name: disk.name.clone(),
-                    size: image.metadata().map_or(0, |meta| meta.len()),
+                    size: image.size(),
                     image,
                 }
             })
@@ -74,9 +76,9 @@ impl Machine {
             jobs: Vec::new(),
             ends_when_alone: false,
             accepts: Late::No,
-            log,
+            log: File::from(log),
             state: RunState::Built,
-            _others: fds.into_iter().flatten().collect(),
+            _others: fds.rest(),
         }
     }
 
@@ -141,9 +143,20 @@ impl Machine {
                 }
                 None => Reply::Failed(staged("no descriptor")),
             },
-            Request::MigrateDisk { job, disk, .. } => {
+            Request::MigrateDisk {
+                job,
+                disk,
+                destination,
+                journal,
+                ..
+            } => {
                 let late = self.told("accept-late") && self.jobs.len() == 2;
-                let order = Order { job, disk };
+                let order = Order {
+                    job,
+                    disk,
+                    destination,
+                    journal,
+                };
                 let reply = self.migrate(order, fds, &mut events);
                 if late {
                     self.accepts = Late::Waits;
@@ -219,8 +232,9 @@ impl Machine {
             // The guest writes and flushes.
             ["write", at, what] => {
                 if let (Some(disk), Ok(at)) = (self.disks.first(), at.parse()) {
-                    let _ = disk.image.write_all_at(what.as_bytes(), at);
-                    let _ = disk.image.sync_all();
+                    if let Err(seen) = images::write(&*disk.image, at, what.as_bytes()) {
+                        eprintln!("{seen}");
+                    }
                 }
             }
             ["poweroff-when-alone"] => self.ends_when_alone = true,

@@ -1,26 +1,29 @@
 //! Migrations: one copy, then the question for the commit.
 
-use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::process::abort;
+use std::sync::Arc;
 
-use strake_api::control::{Event, Reply};
+use strake_api::control::{Event, FdIndex, ImageConfig, Reply};
 use strake_api::job::{JobId, MigrationStatus, PassReport, Phase};
+use strake_block::Image;
 use strake_observe::{OsContext, Result};
 
 use crate::guest::Machine;
-use crate::{buffered, staged};
+use crate::images::{self, Fds};
+use crate::staged;
 
 /// What is to be migrated.
 pub(crate) struct Order {
     pub(crate) job: JobId,
     pub(crate) disk: String,
+    pub(crate) destination: ImageConfig,
+    pub(crate) journal: FdIndex,
 }
 
 pub(crate) struct Job {
     pub(crate) status: MigrationStatus,
-    destination: Option<File>,
+    destination: Option<Arc<dyn Image>>,
     _journal: Option<OwnedFd>,
 }
 
@@ -44,8 +47,11 @@ impl Machine {
         if self.told("job=refuse") {
             return Reply::Failed(staged("job=refuse"));
         }
-        let mut fds = fds.into_iter();
-        let destination = fds.next().map(buffered);
+        let mut fds = Fds::new(fds);
+        let destination = match images::open(&order.destination, false, &mut fds) {
+            Ok(image) => image,
+            Err(seen) => return Reply::Failed(seen),
+        };
         let id = order.job.clone();
         let job = Job {
             status: MigrationStatus {
@@ -65,8 +71,8 @@ impl Machine {
                 method: None,
                 failure: None,
             },
-            destination,
-            _journal: fds.next(),
+            destination: Some(destination),
+            _journal: fds.take(order.journal),
         };
         self.jobs.push(job);
         if !self.told("job=hold") {
@@ -135,11 +141,8 @@ impl Machine {
             return Err(staged("no such disk"));
         };
         let mut bytes = vec![0; usize::try_from(job.status.size_bytes).unwrap_or(0)];
-        disk.image
-            .read_exact_at(&mut bytes, 0)
-            .os("pread", "the source")?;
-        to.write_all_at(&bytes, 0).os("pwrite", "the destination")?;
-        to.sync_all().os("fsync", "the destination")?;
+        disk.image.read_at(0, &mut bytes)?;
+        images::write(&**to, 0, &bytes)?;
         Ok(job.status.size_bytes)
     }
 

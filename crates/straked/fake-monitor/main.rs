@@ -6,6 +6,7 @@
 //! one thread around `poll`, so nothing in it happens at once with something else.
 
 mod guest;
+mod images;
 mod jobs;
 
 use std::fs::File;
@@ -276,13 +277,4 @@ pub(crate) fn say(log: &mut File, consoles: &mut [UnixStream], text: &str) {
     for console in consoles {
         let _ = console.write_all(text.as_bytes());
     }
-}
-
-/// A descriptor with which plain reads and writes work, whatever their alignment.
-pub(crate) fn buffered(fd: OwnedFd) -> File {
-    use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-    if let Ok(flags) = fcntl_getfl(&fd) {
-        let _ = fcntl_setfl(fd.as_fd(), flags - OFlags::DIRECT);
-    }
-    File::from(fd)
 }

@@ -14,6 +14,7 @@
 //! [[disk]]
 //! name = "root"
 //! image = "fast:web1-root.raw"     # DATASTORE:FILE, or an absolute path
+//! format = "raw"                   # or "qcow2"; absent: qcow2 if the file's name ends in .qcow2
 //!
 //! [[nic]]
 //! name = "net0"
@@ -34,6 +35,8 @@ mod tests;
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+
+use crate::image::ImageFormat;
 
 pub use bytes::Bytes;
 pub use check::{
@@ -121,9 +124,13 @@ pub enum BootSpec {
 pub struct DiskSpec {
     /// Its name within the VM.
     pub name: String,
-    /// Its image: `DATASTORE:FILE`, or an absolute path to a raw file or block device. The
+    /// Its image: `DATASTORE:FILE`, or an absolute path to a file or block device. The
     /// inventory's binding overrides it once the disk has been migrated.
     pub image: String,
+    /// The image's format. If absent, the end of its name tells: `.qcow2` is qcow2, all else is
+    /// raw. The content is never looked at for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<ImageFormat>,
     /// If the image does not exist, an empty one of this size is created with the VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<Bytes>,
@@ -133,6 +140,15 @@ pub struct DiskSpec {
     /// How many virtqueues; one for each vCPU if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+}
+
+impl DiskSpec {
+    /// The format of its image.
+    #[must_use]
+    pub fn format(&self) -> ImageFormat {
+        self.format
+            .unwrap_or_else(|| ImageFormat::of_name(&self.image))
+    }
 }
 
 /// A network interface.

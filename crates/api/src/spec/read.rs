@@ -89,7 +89,7 @@ const BOOT_DISK: Section = Section {
     required: &[],
 };
 const DISK: Section = Section {
-    known: &["name", "image", "size", "read-only", "queues"],
+    known: &["name", "image", "format", "size", "read-only", "queues"],
     required: &["name", "image"],
 };
 const NIC: Section = Section {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
+use strake_api::image::ImageFormat;
 use strake_api::job::{Method, MigrationLimits, Suspend};
 use strake_api::rest::MigrateDisk;
 use strake_api::spec::Bytes;
@@ -34,6 +35,7 @@ Examples:
   strake disk migrate web1 root --to fast
   strake disk migrate web1 root --to fast --pause-ms 50 --rate 200M
   strake disk migrate web1 root --to fast --method mirror
+  strake disk migrate web1 root --to fast --format qcow2
   strake disk migrate web1 root --to fast --detach --json | jq -r .status.job
 
 Ctrl-C leaves the client, not the job: `strake jobs wait ID` watches it again,
@@ -70,6 +72,10 @@ pub struct Migrate {
     #[arg(long, value_enum, default_value_t = Stops::Disk)]
     pub suspend: Stops,
 
+    /// The format of the destination [default: that of the source]
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
+
     /// Delete the source image once the VM runs on the destination
     #[arg(long)]
     pub remove_source: bool,
@@ -98,6 +104,24 @@ pub enum How {
     Mirror,
 }
 
+/// The format of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// Byte for byte, thin where the file system has holes
+    Raw,
+    /// qcow2: thin everywhere, can have snapshots
+    Qcow2,
+}
+
+impl From<Format> for ImageFormat {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Raw => Self::Raw,
+            Format::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
 /// What stops for the switch-over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Stops {
@@ -116,6 +140,7 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit> {
 async fn migrate(args: Migrate, context: &Context) -> Result<Exit> {
     let request = MigrateDisk {
         to: args.to,
+        format: args.format.map(ImageFormat::from),
         limits: MigrationLimits {
             pause_ms: args.pause_ms,
             bytes_per_second: args.rate.map(|rate| rate.0),

@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use strake_api::image::ImageFormat;
 use strake_api::rest::{CreateVm, Vm};
 use strake_api::spec::{BootSpec, Bytes, DiskSpec, NicSpec, VmSpec};
 use strake_observe::{OsContext, Result, Task};
 
 use super::console;
 use super::create::read_spec;
+use super::disk::Format;
 use crate::attach::Backlog;
 use crate::client::Disks;
 use crate::context::Context;
@@ -29,14 +31,14 @@ strake run [OPTIONS] IMAGE
        strake run -f FILE [--name NAME] [--detach]")]
 #[command(after_help = "\
 Examples:
-  strake run disk.raw --cpus 2 --memory 1G
+  strake run disk.qcow2 --cpus 2 --memory 1G
   strake run disk.raw --kernel vmlinuz --initrd initrd.img --append root=/dev/vda1
   strake run -f web1.toml --detach
 
 Without --kernel the VM boots what its disk's own boot entries name. The VM stays after the
 console is left (Ctrl-]): `strake stop NAME`, `strake rm NAME`.")]
 pub struct Args {
-    /// The disk: a raw image, a block device, or DATASTORE:FILE
+    /// The disk: an image file, a block device, or DATASTORE:FILE
     #[arg(required_unless_present_any = ["file", "kernel"])]
     pub image: Option<String>,
 
@@ -48,6 +50,10 @@ pub struct Args {
         conflicts_with_all = ["image", "cpus", "memory", "kernel", "append", "tap", "bridge"]
     )]
     pub file: Option<PathBuf>,
+
+    /// The image's format [default: qcow2 if its name ends in .qcow2, else raw]
+    #[arg(long, value_enum, requires = "image")]
+    pub format: Option<Format>,
 
     /// The VM's name [default: made from the file's name]
     #[arg(long)]
@@ -139,6 +145,7 @@ fn spec(args: &Args) -> Result<(VmSpec, String)> {
         Some(image) => vec![DiskSpec {
             name: "root".to_owned(),
             image: image_name(image)?,
+            format: args.format.map(ImageFormat::from),
             size: None,
             read_only: false,
             queues: None,

@@ -164,6 +164,8 @@ mod tests {
             vm: "web1".into(),
             source: "/slow/root.raw".into(),
             destination: "/fast/root.raw".into(),
+            format: strake_api::image::ImageFormat::Raw,
+            source_format: strake_api::image::ImageFormat::Raw,
             to: "fast".into(),
             status: MigrationStatus {
                 job: JobId("j1".into()),

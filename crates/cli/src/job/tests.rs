@@ -7,6 +7,8 @@ fn at(elapsed_ms: u64, read_bytes: u64) -> Job {
         vm: "web1".into(),
         source: "/a".into(),
         destination: "/b".into(),
+        format: strake_api::image::ImageFormat::Raw,
+        source_format: strake_api::image::ImageFormat::Raw,
         to: "b".into(),
         status: MigrationStatus {
             job: JobId("j1".into()),

@@ -413,6 +413,7 @@ pub(crate) fn vm(name: &str, state: VmState) -> Vm {
         disks: vec![Disk {
             name: "root".into(),
             image: "/slow/web1-root.raw".into(),
+            format: strake_api::image::ImageFormat::Raw,
             datastore: Some("slow".into()),
             size_bytes: 4 << 30,
             allocated_bytes: Some(1 << 30),
@@ -464,6 +465,8 @@ pub(crate) fn job(phase: Phase) -> Job {
         vm: "web1".into(),
         source: "/slow/web1-root.raw".into(),
         destination: "/fast/web1-root.raw".into(),
+        format: strake_api::image::ImageFormat::Raw,
+        source_format: strake_api::image::ImageFormat::Raw,
         to: "fast".into(),
         status: MigrationStatus {
             job: JobId("j1".into()),

@@ -147,8 +147,8 @@ impl Host {
                 // The inventory does not remember the refusal. What no longer exists, no daemon
                 // after this one commits.
                 if let Some(files) = &job.files
-                    && let Err(seen) =
-                        removal::remove(&job.destination, &files.destination, Claim::Ours)
+                    && let Ok(path) = job.destination.file()
+                    && let Err(seen) = removal::remove(path, &files.destination, Claim::Ours)
                 {
                     note(seen);
                 }
@@ -218,7 +218,7 @@ impl Host {
         };
         let seen = Observation::from(BindingSplit {
             job: job.id.to_string(),
-            bound: show(bound),
+            bound: bound.to_string(),
             said: format!("the job is {:?}", status.phase),
         })
         .because(MonitorKilled {
@@ -288,14 +288,15 @@ fn check_destination(job: &JobRecord) -> Result<()> {
     let failed = || CommitFailed {
         job: job.id.to_string(),
     };
-    let found = FileIdentity::at(&job.destination).because_of(failed)?;
+    let path = job.destination.file()?;
+    let found = FileIdentity::at(path).because_of(failed)?;
     let reason = match (found, &job.files) {
         (Some(found), Some(files)) if found.is(&files.destination) => return Ok(()),
         (Some(_), _) => "it is no longer the file that was copied to",
         (None, _) => "it was removed while it was copied to",
     };
     Err(ImageRefused {
-        path: show(&job.destination),
+        path: show(path),
         reason: reason.to_owned(),
         advice: "leave the destination alone while a job runs".to_owned(),
     })

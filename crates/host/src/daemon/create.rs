@@ -16,12 +16,14 @@ use strake_observe::{Because, Observation, OsContext, Result};
 use super::commit::is_a_jobs;
 use super::live::state_name;
 use super::{Host, guard, task};
+use crate::Binding;
 use crate::config::show;
 use crate::inventory::{DiskRecord, NicRecord};
 use crate::observations::{
     BadName, BootFileRefused, CreateFailed, ImageInUse, ImageRefused, NotRemoved, RemoveFailed,
     RequestRefused, VmExists, WrongState,
 };
+use crate::storage::chain;
 use crate::storage::image::{self, Created};
 use crate::storage::store;
 
@@ -76,9 +78,10 @@ impl Host {
             let next = self.place(disk, slot)?;
             if placed
                 .iter()
-                .any(|other| other.record.image == next.record.image)
+                .any(|other| other.record.image.location == next.record.image.location)
             {
-                return Err(in_use(&next.record.image, "another disk of the same VM"));
+                let path = next.record.image.file()?;
+                return Err(in_use(path, "another disk of the same VM"));
             }
             placed.push(next);
         }
@@ -93,9 +96,9 @@ impl Host {
             .collect::<Result<Vec<_>>>()?;
         let mut created = Vec::new();
         for disk in placed.iter_mut().filter(|disk| disk.missing) {
-            let path = &disk.record.image;
-            let made = image::create(path, disk.record.size)?;
-            created.push(Created::new(path, &made.identity));
+            let image = &disk.record.image;
+            let made = image::create(image, disk.record.size)?;
+            created.push(Created::new(image.file()?, &made.identity));
             disk.record.file = Some(made.identity);
         }
         let disks: Vec<DiskRecord> = placed.into_iter().map(|disk| disk.record).collect();
@@ -107,8 +110,9 @@ impl Host {
     /// Decides where a disk is and whether the VM may have it.
     fn place(&self, disk: &DiskSpec, slot: u8) -> Result<Placed> {
         let (path, datastore) = self.resolve(&disk.image)?;
-        let looks = image::look(&path)?;
-        let size = match (looks, disk.size) {
+        let image = Binding::new(path.clone(), disk.format());
+        let looks = chain::look(&image, &self.allowed_below()?)?;
+        let size = match (&looks, disk.size) {
             (Some(looks), Some(size)) if looks.size != size.0 => {
                 return Err(refused(
                     &path,
@@ -127,16 +131,12 @@ impl Host {
             }
         };
         image::check_size(&path, size)?;
-        for (vm, other) in self.inventory.users_of_image(&path)? {
-            if !(other.read_only && disk.read_only) {
-                return Err(in_use(
-                    &path,
-                    &format!("disk '{}' of VM '{vm}'", other.name),
-                ));
-            }
-        }
+        let alone = [path.clone()];
+        let files = looks.as_ref().map_or(&alone[..], |looks| &looks.files);
+        self.refuse_shared(files, disk.read_only)?;
         let unfinished = self.inventory.unfinished_jobs()?;
-        if let Some(job) = unfinished.iter().find(|job| job.destination == path) {
+        let mut jobs = unfinished.iter();
+        if let Some(job) = jobs.find(|job| job.destination.location == image.location) {
             return Err(in_use(&path, &format!("job {}", job.id)));
         }
         Ok(Placed {
@@ -144,7 +144,7 @@ impl Host {
             record: DiskRecord {
                 name: disk.name.clone(),
                 slot,
-                image: path,
+                image,
                 datastore,
                 size,
                 read_only: disk.read_only,
@@ -235,7 +235,7 @@ impl Host {
 
     fn remove_images(&self, disks: &[DiskRecord]) -> Vec<Observation> {
         let ours = |disk: &&DiskRecord| {
-            let shared = self.inventory.users_of_image(&disk.image);
+            let shared = self.inventory.users_of_image(&disk.image.location);
             !disk.read_only
                 && (disk.created || disk.datastore.is_some())
                 && shared.is_ok_and(|users| users.is_empty())
@@ -245,7 +245,8 @@ impl Host {
             .filter(ours)
             .filter_map(|disk| {
                 let what = "the image of a removed VM";
-                image::remove(&disk.image, disk.file.as_ref(), what).err()
+                let path = disk.image.file().ok()?;
+                image::remove(path, disk.file.as_ref(), what).err()
             })
             .collect()
     }
@@ -325,7 +326,7 @@ fn tap_name(vm: &str, index: usize) -> String {
     format!("strk{digest:08x}-{index}")
 }
 
-fn in_use(path: &Path, user: &str) -> Observation {
+pub(super) fn in_use(path: &Path, user: &str) -> Observation {
     ImageInUse {
         path: show(path),
         user: user.to_owned(),

@@ -4,13 +4,11 @@
 //! with it is seen before a monitor exists.
 
 use std::fs::{File, OpenOptions};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use strake_api::control::{
-    BootConfig, DiskConfig, FdIndex, MAX_FDS, MachineConfig, MemoryConfig, NicConfig,
-};
+use strake_api::control::{BootConfig, DiskConfig, MachineConfig, MemoryConfig, NicConfig};
 use strake_api::spec::{BootSpec, parse_mac};
 use strake_observe::{Because, OsContext, Result};
 
@@ -19,9 +17,11 @@ use super::{Host, private};
 use crate::FileIdentity;
 use crate::config::show;
 use crate::inventory::{DiskRecord, VmRecord};
+use crate::monitor::descriptors::Descriptors;
 use crate::net;
-use crate::observations::{Internal, InventoryCorrupt, KvmUnavailable};
-use crate::storage::image::{self, Mode};
+use crate::observations::{InventoryCorrupt, KvmUnavailable};
+use crate::storage::chain;
+use crate::storage::image::Mode;
 
 /// A machine's description and the descriptors that it names.
 #[derive(Debug)]
@@ -34,24 +34,7 @@ pub(super) struct Launch {
 
 impl Launch {
     pub(super) fn fds(&self) -> Vec<BorrowedFd<'_>> {
-        self.fds.0.iter().map(AsFd::as_fd).collect()
-    }
-}
-
-/// The descriptors of one packet, in its order.
-#[derive(Debug, Default)]
-struct Descriptors(Vec<OwnedFd>);
-
-impl Descriptors {
-    fn add(&mut self, fd: impl Into<OwnedFd>) -> Result<FdIndex> {
-        let index = u8::try_from(self.0.len())
-            .ok()
-            .filter(|n| usize::from(*n) < MAX_FDS);
-        let index = index.ok_or_else(|| Internal {
-            what: "a machine needs more descriptors than a packet carries".to_owned(),
-        })?;
-        self.0.push(fd.into());
-        Ok(FdIndex(index))
+        self.fds.all()
     }
 }
 
@@ -134,16 +117,14 @@ impl Host {
         fds: &mut Descriptors,
     ) -> Result<(DiskConfig, FileIdentity)> {
         let spec = vm.spec.disks.iter().find(|spec| spec.name == disk.name);
-        let image = image::open(&disk.image, Mode::of(disk.read_only), || {
-            self.who_uses(&vm.name, &disk.image)
-        })?;
-        let image = File::from(image);
-        let file = FileIdentity::of(&image, &disk.image)?;
+        let mode = Mode::of(disk.read_only);
+        let user = |path: &Path| self.who_uses(&vm.name, path);
+        let image = chain::open(&disk.image, mode, &self.allowed_below()?, &user)?;
+        let file = image.identity.clone();
         let config = DiskConfig {
             name: disk.name.clone(),
             slot: disk.slot,
-            image: fds.add(image)?,
-            path: show(&disk.image),
+            image: image.give(fds)?,
             read_only: disk.read_only,
             serial: disk.name.clone(),
             queues: spec
@@ -161,7 +142,10 @@ impl Host {
             .iter()
             .filter(|other| other.name != vm)
             .flat_map(|other| other.disks.iter().map(move |disk| (other, disk)))
-            .find(|(_, disk)| crate::storage::store::same_file(&disk.image, path))
+            .find(|(_, disk)| {
+                let file = disk.image.file();
+                file.is_ok_and(|file| crate::storage::store::same_file(file, path))
+            })
             .map_or_else(
                 || "another process, which has it locked".to_owned(),
                 |(other, disk)| format!("disk '{}' of VM '{}'", disk.name, other.name),

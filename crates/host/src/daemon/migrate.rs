@@ -7,14 +7,15 @@
 //! is told. What follows is in `commit`.
 
 use std::fs::OpenOptions;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
-use strake_api::control::{FdIndex, Reply, Request};
+use strake_api::control::{Reply, Request};
+use strake_api::image::ImageFormat;
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
 use strake_api::rest::{Job, MigrateDisk};
 use strake_observe::{Because, OsContext, Result};
@@ -22,18 +23,20 @@ use strake_observe::{Because, OsContext, Result};
 use super::commit::{journal_path, unnamed_path};
 use super::live::{Cell, Monitor};
 use super::{Host, guard, note, task};
-use crate::FileIdentity;
 use crate::config::show;
 use crate::crash;
 use crate::inventory::{DiskRecord, JobFiles, JobRecord, JobState, NewJob};
+use crate::monitor::descriptors::Descriptors;
 use crate::observations::{
     DestinationExists, ImageInUse, ImageNotCreated, ImageRefused, JobNotActive, MigrationRefused,
     MonitorGarbled, MonitorRefused, NoSuchDisk, RequestRefused, SameDatastore,
 };
-use crate::storage::image::{self, Created};
+use crate::storage::chain::{self, OpenImage};
+use crate::storage::image::{self, Created, Mode};
 use crate::storage::lock::{self, Share};
 use crate::storage::removal::{self, Claim};
 use crate::storage::store;
+use crate::{Binding, FileIdentity};
 
 /// How long a monitor may take to accept a job.
 const ACCEPT_PATIENCE: Duration = Duration::from_secs(30);
@@ -89,31 +92,35 @@ impl Host {
             .into());
         };
         let to = self.inventory.datastore(&request.to)?;
-        if bound.datastore.as_deref() == Some(to.name.as_str()) {
+        let format = request.format.unwrap_or(bound.image.format);
+        // Within a datastore only another format is something else.
+        if bound.datastore.as_deref() == Some(to.name.as_str()) && format == bound.image.format {
             return Err(SameDatastore {
                 disk: disk.to_owned(),
                 datastore: to.name,
             }
             .into());
         }
-        let looks = image::look(&bound.image)?.ok_or_else(|| ImageRefused {
-            path: show(&bound.image),
+        let source = bound.image.file()?;
+        let looks = chain::look(&bound.image, &self.allowed_below()?)?;
+        let looks = looks.ok_or_else(|| ImageRefused {
+            path: show(source),
             reason: "there is no such file any more".to_owned(),
             advice: "restore its name: the VM still has it open".to_owned(),
         })?;
-        let found = FileIdentity::at(&bound.image)?;
+        let found = FileIdentity::at(source)?;
         if let (Some(given), Some(found)) = (&bound.file, &found)
             && !found.is(given)
         {
             return Err(ImageRefused {
-                path: show(&bound.image),
+                path: show(source),
                 reason: "another file has taken its place since the VM was started".to_owned(),
                 advice: "give the VM's own image its name back: the VM still has it open"
                     .to_owned(),
             }
             .into());
         }
-        let destination = to.path.join(file_name(vm, bound, looks.regular));
+        let destination = to.path.join(file_name(vm, bound, looks.regular, format)?);
         store::room(&to.name, &to.path)?;
         refuse_existing(&destination)?;
         store::require_room(&to.name, &to.path, looks.allocated)?;
@@ -122,7 +129,7 @@ impl Host {
             disk: disk.to_owned(),
             size: looks.size,
             source: bound.image.clone(),
-            destination,
+            destination: Binding::new(destination, format),
             to: to.name,
             limits: request.limits.clone(),
             remove_source: request.remove_source,
@@ -150,7 +157,7 @@ impl Host {
         let recorded = self.inventory.job_running(&job.id, &files.known);
         let begun = recorded.and_then(|()| {
             crash::point("after-job-recorded");
-            give_name(&job.destination)?;
+            give_name(job.destination.file()?)?;
             crash::point("after-destination-named");
             self.hand_over(monitor, &job, &files)
         });
@@ -169,17 +176,20 @@ impl Host {
     /// Tells the monitor. If it is not known whether the monitor has heard, the job stands: the
     /// supervisor settles it, either with the monitor on a new connection or without it.
     fn hand_over(&self, monitor: &Monitor, job: &JobRecord, files: &Files) -> Result<()> {
+        let mut fds = Descriptors::default();
+        let Binding { location, format } = &job.destination;
+        let destination = files.destination.try_clone().os("dup", location)?;
+        let destination = OpenImage::single(destination, location.file()?, *format, Mode::Write)?;
+        let journal = files.journal.try_clone().os("dup", "a journal")?;
         let request = Request::MigrateDisk {
             job: job.id.clone(),
             disk: job.disk.clone(),
-            destination: FdIndex(0),
-            destination_path: show(&job.destination),
-            journal: FdIndex(1),
+            destination: destination.give(&mut fds)?,
+            journal: fds.add(journal)?,
             limits: job.limits.clone(),
         };
-        let fds = [files.destination.as_fd(), files.journal.as_fd()];
         let connection = monitor.connection();
-        match connection.call("migrate a disk", request, &fds, ACCEPT_PATIENCE) {
+        match connection.call("migrate a disk", request, &fds.all(), ACCEPT_PATIENCE) {
             Ok(_) => Ok(()),
             Err(seen) if seen.is::<MonitorRefused>() => Err(seen),
             Err(seen) => {
@@ -194,13 +204,13 @@ impl Host {
     /// it go; what is in their place may be anybody's.
     fn take_back(&self, job: &JobRecord, made: Option<&JobFiles>) {
         let mut left = Vec::new();
-        if let Some(made) = made {
-            let unnamed = unnamed_path(&job.destination);
-            let journal = journal_path(&job.destination);
+        if let (Some(made), Ok(destination)) = (made, job.destination.file()) {
+            let unnamed = unnamed_path(destination);
+            let journal = journal_path(destination);
             for (path, file) in [
-                (&job.destination, &made.destination),
-                (&unnamed, &made.destination),
-                (&journal, &made.journal),
+                (destination, &made.destination),
+                (unnamed.as_path(), &made.destination),
+                (journal.as_path(), &made.journal),
             ] {
                 left.extend(removal::remove(path, file, Claim::Ours).err());
             }
@@ -233,8 +243,10 @@ impl Host {
         };
         Job {
             vm: record.vm,
-            source: show(&record.source),
-            destination: show(&record.destination),
+            source: record.source.to_string(),
+            source_format: record.source.format,
+            destination: record.destination.to_string(),
+            format: record.destination.format,
             to: record.to,
             status,
         }
@@ -330,11 +342,26 @@ fn check_limits(limits: &MigrationLimits) -> Result<()> {
     Ok(())
 }
 
-/// The file keeps its name; what was a block device gets one.
-fn file_name(vm: &str, disk: &DiskRecord, regular: bool) -> PathBuf {
-    match disk.image.file_name() {
-        Some(name) if regular => PathBuf::from(name),
-        _ => PathBuf::from(format!("{vm}-{}.raw", disk.name)),
+/// The file keeps its name, but for its end if that tells the format; what was a block device gets
+/// one.
+fn file_name(vm: &str, disk: &DiskRecord, regular: bool, format: ImageFormat) -> Result<PathBuf> {
+    Ok(match disk.image.file()?.file_name() {
+        Some(name) if regular && format == disk.image.format => PathBuf::from(name),
+        Some(name) if regular => with_end(Path::new(name), format),
+        _ => PathBuf::from(format!("{vm}-{}.{format}", disk.name)),
+    })
+}
+
+fn with_end(name: &Path, format: ImageFormat) -> PathBuf {
+    let end = name.extension().and_then(|end| end.to_str());
+    match end {
+        Some("raw" | "img" | "qcow2") => name.with_extension(format.name()),
+        _ => {
+            let mut name = name.as_os_str().to_owned();
+            name.push(".");
+            name.push(format.name());
+            PathBuf::from(name)
+        }
     }
 }
 
@@ -370,8 +397,9 @@ fn running_size(monitor: &Monitor, new: &NewJob) -> Result<u64> {
 }
 
 fn create_files(new: &NewJob) -> Result<Files> {
-    let unnamed = unnamed_path(&new.destination);
-    let path = journal_path(&new.destination);
+    let destination = new.destination.file()?;
+    let unnamed = unnamed_path(destination);
+    let path = journal_path(destination);
     let not_created = || ImageNotCreated {
         path: show(&path),
         size: 0,
@@ -379,7 +407,8 @@ fn create_files(new: &NewJob) -> Result<Files> {
     // These names are this job's alone: what is there was left by a job long gone.
     removal::remove_stale(&unnamed).because_of(not_created)?;
     removal::remove_stale(&path).because_of(not_created)?;
-    let destination = image::create_for(&new.destination, &unnamed, new.size)?;
+    let format = new.destination.format;
+    let destination = image::create_for(destination, &unnamed, format, new.size)?;
     let guard = Created::new(&unnamed, &destination.identity);
     let journal = OpenOptions::new()
         .read(true)
@@ -443,6 +472,19 @@ fn give_name(destination: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn another_format_is_told_by_the_end_of_the_name() {
+        for (name, format, expected) in [
+            ("root.raw", ImageFormat::Qcow2, "root.qcow2"),
+            ("root.img", ImageFormat::Qcow2, "root.qcow2"),
+            ("root.qcow2", ImageFormat::Raw, "root.raw"),
+            ("web1.example", ImageFormat::Qcow2, "web1.example.qcow2"),
+            ("root", ImageFormat::Raw, "root.raw"),
+        ] {
+            assert_eq!(with_end(Path::new(name), format), Path::new(expected));
+        }
+    }
 
     #[test]
     fn a_name_that_somebody_took_meanwhile_stays_his() {

@@ -30,6 +30,7 @@ mod live;
 mod migrate;
 mod recover;
 mod settle;
+mod sharing;
 mod supervise;
 mod verdicts;
 mod view;

@@ -134,7 +134,7 @@ impl Host {
         if job.remove_source {
             crash::point("before-source-removal");
             let _placing = guard(&self.placing);
-            let shared = self.inventory.users_of_image(&job.source);
+            let shared = self.inventory.users_of_image(&job.source.location);
             match shared {
                 Ok(users) if users.is_empty() => left.extend(remove_source(job).err()),
                 Ok(_) => {}
@@ -209,7 +209,7 @@ fn failed(job: &JobRecord) -> Observation {
         job: job.id.to_string(),
         vm: job.vm.clone(),
         disk: job.disk.clone(),
-        source: show(&job.source),
+        source: job.source.to_string(),
     }
     .into()
 }
@@ -217,9 +217,9 @@ fn failed(job: &JobRecord) -> Observation {
 fn remove_source(job: &JobRecord) -> Result<()> {
     let what = "the source of a migrated disk";
     match &job.source_file {
-        Some(file) => image::remove(&job.source, Some(file), what),
+        Some(file) => image::remove(job.source.file()?, Some(file), what),
         None => Err(NotRemoved {
-            path: show(&job.source),
+            path: job.source.to_string(),
             what: format!("{what}, of which it was never recorded which file it is"),
         }
         .into()),
@@ -227,7 +227,7 @@ fn remove_source(job: &JobRecord) -> Result<()> {
 }
 
 fn remove_journal(job: &JobRecord) -> Result<()> {
-    let path = journal_path(&job.destination);
+    let path = journal_path(job.destination.file()?);
     let removed = match &job.files {
         Some(files) => removal::remove(&path, &files.journal, Claim::Ours).map(drop),
         None => removal::remove_stale(&path),
@@ -247,11 +247,15 @@ fn remove_files(job: &JobRecord) -> Vec<Observation> {
         path: show(path),
         what: "the destination of a migration that did not complete".to_owned(),
     };
-    let unnamed = unnamed_path(&job.destination);
     let mut left = Vec::new();
+    let destination = match job.destination.file() {
+        Ok(path) => path,
+        Err(seen) => return vec![seen.into()],
+    };
+    let unnamed = unnamed_path(destination);
     match &job.files {
         Some(files) => {
-            for path in [&job.destination, &unnamed] {
+            for path in [destination, &unnamed] {
                 let removed = removal::remove(path, &files.destination, Claim::Unused);
                 left.extend(removed.because_of(|| not_removed(path)).err());
             }

@@ -5,9 +5,8 @@ use strake_api::rest::{Disk, Nic, Vm};
 use strake_observe::Result;
 
 use super::{Host, now_ms};
-use crate::config::show;
 use crate::inventory::VmRecord;
-use crate::storage::image;
+use crate::storage::chain;
 
 /// Whether the monitor is asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +38,7 @@ impl Host {
 
     fn view(&self, record: VmRecord, depth: Depth) -> Result<Vm> {
         let cell = self.cell(&record.name)?;
+        let allowed = self.allowed_below()?;
         let (state, monitor, trouble) = {
             let live = cell.live();
             (live.state, live.monitor.clone(), live.trouble.clone())
@@ -64,12 +64,13 @@ impl Host {
                 .disks
                 .into_iter()
                 .map(|disk| {
-                    let looks = image::look(&disk.image).ok().flatten();
+                    let looks = chain::look(&disk.image, &allowed).ok().flatten();
                     Disk {
-                        image: show(&disk.image),
+                        image: disk.image.to_string(),
+                        format: disk.image.format,
                         datastore: disk.datastore,
-                        size_bytes: looks.map_or(disk.size, |looks| looks.size),
-                        allocated_bytes: looks.map(|looks| looks.allocated),
+                        size_bytes: looks.as_ref().map_or(disk.size, |looks| looks.size),
+                        allocated_bytes: looks.as_ref().map(|looks| looks.allocated),
                         slot: disk.slot,
                         counters: status
                             .as_ref()

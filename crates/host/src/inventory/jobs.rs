@@ -11,16 +11,14 @@
 //! binding names the destination; the source and the journal may still have to be removed.
 //! `aborted`: it was decided that the binding stays; the destination must be removed.
 
-use std::path::PathBuf;
-
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase};
 use strake_observe::{Observation, Result};
 
-use super::vms::{text, users_of_image};
+use super::vms::{binding, users_of_image};
 use super::{Attempt, Inventory, from_json, to_json};
-use crate::FileIdentity;
 use crate::observations::{CommitFailed, DestinationExists, DiskBusy, InventoryCorrupt, NoSuchJob};
+use crate::{Binding, FileIdentity};
 
 /// Ended jobs that are kept for those who ask later.
 const KEPT: u32 = 200;
@@ -74,9 +72,9 @@ pub struct JobRecord {
     /// The disk's name in the spec.
     pub disk: String,
     /// The image that it copies from.
-    pub source: PathBuf,
+    pub source: Binding,
     /// The image that it copies to.
-    pub destination: PathBuf,
+    pub destination: Binding,
     /// The destination's datastore.
     pub to: String,
     /// Its limits.
@@ -112,9 +110,9 @@ pub struct NewJob {
     /// The disk's size.
     pub size: u64,
     /// The image that it copies from.
-    pub source: PathBuf,
+    pub source: Binding,
     /// The image that it copies to.
-    pub destination: PathBuf,
+    pub destination: Binding,
     /// The destination's datastore.
     pub to: String,
     /// Its limits.
@@ -187,7 +185,7 @@ impl Inventory {
                 })
                 .into());
             }
-            let destination = text(&new.destination)?;
+            let destination = new.destination.location.text()?;
             let by_job = select(
                 tx,
                 "WHERE destination = ?1 AND state <> 'ended'",
@@ -195,7 +193,7 @@ impl Inventory {
             )?
             .into_iter()
             .map(|job| format!("the destination of job {}", job.id));
-            let by_vm = users_of_image(tx, &new.destination)?
+            let by_vm = users_of_image(tx, &new.destination.location)?
                 .into_iter()
                 .map(|(vm, disk)| format!("disk '{}' of VM '{vm}'", disk.name));
             if let Some(user) = by_job.chain(by_vm).next() {
@@ -209,14 +207,14 @@ impl Inventory {
             let bound = tx
                 .query_row(
                     "SELECT 1 FROM disks WHERE vm = ?1 AND name = ?2 AND image = ?3",
-                    params![new.vm, new.disk, text(&new.source)?],
+                    params![new.vm, new.disk, new.source.location.text()?],
                     |_| Ok(()),
                 )
                 .optional()?;
             if bound.is_none() {
                 return Err(Observation::from(InventoryCorrupt {
                     record: format!("disk '{}' of VM '{}'", new.disk, new.vm),
-                    reason: format!("it is not bound to {}", new.source.display()),
+                    reason: format!("it is not bound to {}", new.source),
                 })
                 .into());
             }
@@ -235,17 +233,19 @@ impl Inventory {
             };
             tx.execute(
                 "INSERT INTO jobs (vm, disk, source, destination, datastore, limits,
-                     remove_source, source_file, state, status)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, 'preparing', '')",
+                     remove_source, source_file, source_format, destination_format, state, status)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing', '')",
                 params![
                     new.vm,
                     new.disk,
-                    text(&new.source)?,
+                    new.source.location.text()?,
                     destination,
                     new.to,
                     limits,
                     new.remove_source,
-                    source_file
+                    source_file,
+                    new.source.format.name(),
+                    new.destination.format.name(),
                 ],
             )?;
             let seq = tx.last_insert_rowid();
@@ -303,17 +303,18 @@ impl Inventory {
         self.write("commit a job", |tx| {
             let job = step(tx, id, &[JobState::Running], JobState::Committed)?;
             let moved = tx.execute(
-                "UPDATE disks SET image = ?4, datastore = ?5, created = 1, file = ?6
+                "UPDATE disks SET image = ?4, format = ?7, datastore = ?5, created = 1, file = ?6
                      WHERE vm = ?1 AND name = ?2 AND image = ?3",
                 params![
                     job.vm,
                     job.disk,
-                    text(&job.source)?,
-                    text(&job.destination)?,
+                    job.source.location.text()?,
+                    job.destination.location.text()?,
                     job.to,
                     job.files
                         .map(|files| to_json("a job's destination", &files.destination))
-                        .transpose()?
+                        .transpose()?,
+                    job.destination.format.name(),
                 ],
             )?;
             tx.execute(
@@ -434,6 +435,8 @@ struct Raw {
     destination_file: Option<String>,
     journal_file: Option<String>,
     status: String,
+    source_format: String,
+    destination_format: String,
 }
 
 fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
@@ -451,13 +454,16 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
         destination_file: row.get(10)?,
         journal_file: row.get(11)?,
         status: row.get(12)?,
+        source_format: row.get(13)?,
+        destination_format: row.get(14)?,
     })
 }
 
 fn select(db: &Connection, rest: &str, values: impl rusqlite::Params) -> Attempt<Vec<JobRecord>> {
     let mut statement = db.prepare(&format!(
         "SELECT seq, vm, disk, source, destination, datastore, limits, remove_source, state,
-             source_file, destination_file, journal_file, status FROM jobs {rest}"
+             source_file, destination_file, journal_file, status, source_format,
+             destination_format FROM jobs {rest}"
     ))?;
     let rows = statement
         .query_map(values, raw)?
@@ -475,8 +481,8 @@ fn job(raw: Raw) -> Result<JobRecord> {
     Ok(JobRecord {
         vm: raw.vm,
         disk: raw.disk,
-        source: PathBuf::from(raw.source),
-        destination: PathBuf::from(raw.destination),
+        source: binding(&record, &raw.source, &raw.source_format)?,
+        destination: binding(&record, &raw.destination, &raw.destination_format)?,
         to: raw.to,
         limits: from_json(&record, &raw.limits)?,
         remove_source: raw.remove_source,

@@ -77,6 +77,13 @@ pub(super) const STEPS: &[&str] = &[
     ALTER TABLE jobs ADD COLUMN destination_file TEXT;
     ALTER TABLE jobs ADD COLUMN journal_file TEXT;
 ",
+    // A binding is a location (`disks.image`, `jobs.source`, `jobs.destination`) with a format. All
+    // images of earlier versions were raw, whatever their names.
+    "
+    ALTER TABLE disks ADD COLUMN format TEXT NOT NULL DEFAULT 'raw';
+    ALTER TABLE jobs ADD COLUMN source_format TEXT NOT NULL DEFAULT 'raw';
+    ALTER TABLE jobs ADD COLUMN destination_format TEXT NOT NULL DEFAULT 'raw';
+",
 ];
 
 pub(super) fn migrate(tx: &Transaction<'_>, path: &str) -> Attempt<()> {

@@ -1,12 +1,13 @@
 //! The inventory's promises, against a real database.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use strake_api::image::ImageFormat;
 use strake_api::job::{JobId, MigrationLimits, Phase};
 use strake_api::spec::VmSpec;
 
 use super::*;
-use crate::FileIdentity;
+use crate::{Binding, FileIdentity};
 
 fn spec() -> VmSpec {
     VmSpec::from_toml(
@@ -16,11 +17,15 @@ fn spec() -> VmSpec {
     .unwrap()
 }
 
+fn raw(path: &str) -> Binding {
+    Binding::new(path, ImageFormat::Raw)
+}
+
 fn disk(image: &str, datastore: Option<&str>) -> DiskRecord {
     DiskRecord {
         name: "root".into(),
         slot: 4,
-        image: image.into(),
+        image: raw(image),
         datastore: datastore.map(str::to_owned),
         size: 4096,
         read_only: false,
@@ -44,8 +49,8 @@ fn new_job() -> NewJob {
         vm: "web1".into(),
         disk: "root".into(),
         size: 4096,
-        source: "/slow/root.raw".into(),
-        destination: "/fast/root.raw".into(),
+        source: raw("/slow/root.raw"),
+        destination: raw("/fast/root.raw"),
         to: "fast".into(),
         limits: MigrationLimits::default(),
         remove_source: true,
@@ -211,7 +216,7 @@ fn the_commit_moves_binding_and_job_together() {
     drop(inventory);
     let inventory = Inventory::open(&path).unwrap();
     let disk = &inventory.vm("web1").unwrap().disks[0];
-    assert_eq!(disk.image, PathBuf::from("/fast/root.raw"));
+    assert_eq!(disk.image, raw("/fast/root.raw"));
     assert_eq!(disk.datastore.as_deref(), Some("fast"));
     let mut job = inventory.job(&job.id).unwrap();
     assert_eq!((job.state, job.files), (JobState::Committed, Some(files())));
@@ -230,6 +235,27 @@ fn the_commit_moves_binding_and_job_together() {
 }
 
 #[test]
+fn a_binding_is_a_location_and_a_format() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = with_vm(&dir.path().join("i"));
+    let to_qcow2 = NewJob {
+        destination: Binding::new("/fast/root.qcow2", ImageFormat::Qcow2),
+        ..new_job()
+    };
+    let job = inventory.reserve_job(&to_qcow2).unwrap();
+    assert_eq!(
+        (&job.source, &job.destination),
+        (&to_qcow2.source, &to_qcow2.destination)
+    );
+    inventory.job_running(&job.id, &files()).unwrap();
+    inventory.commit_job(&job.id).unwrap();
+    assert_eq!(
+        inventory.vm("web1").unwrap().disks[0].image,
+        to_qcow2.destination
+    );
+}
+
+#[test]
 fn an_aborted_job_never_commits() {
     let dir = tempfile::tempdir().unwrap();
     let inventory = with_vm(&dir.path().join("i"));
@@ -242,7 +268,7 @@ fn an_aborted_job_never_commits() {
     let seen = inventory.commit_job(&job.id).unwrap_err();
     assert_eq!(seen.id(), "host.commit-failed");
     let disk = &inventory.vm("web1").unwrap().disks[0];
-    assert_eq!(disk.image, PathBuf::from("/slow/root.raw"));
+    assert_eq!(disk.image, raw("/slow/root.raw"));
 }
 
 #[test]
@@ -250,7 +276,7 @@ fn a_commit_whose_disk_moved_meanwhile_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let inventory = with_vm(&dir.path().join("i"));
     let elsewhere = NewJob {
-        source: "/elsewhere.raw".into(),
+        source: raw("/elsewhere.raw"),
         ..new_job()
     };
     let seen = inventory.reserve_job(&elsewhere).unwrap_err();
@@ -273,7 +299,7 @@ fn destinations_in_use_are_refused_and_names_are_not_reused() {
     let dir = tempfile::tempdir().unwrap();
     let inventory = with_vm(&dir.path().join("i"));
     let to_bound = NewJob {
-        destination: "/slow/root.raw".into(),
+        destination: raw("/slow/root.raw"),
         ..new_job()
     };
     let seen = inventory.reserve_job(&to_bound).unwrap_err();
@@ -318,7 +344,7 @@ fn what_is_read_is_in_the_database_and_not_only_in_its_log() {
     let alone = Inventory::open(&alone).unwrap();
     assert_eq!(alone.job(&job.id).unwrap().state, JobState::Committed);
     let disk = &alone.vm("web1").unwrap().disks[0];
-    assert_eq!(disk.image, PathBuf::from("/fast/root.raw"));
+    assert_eq!(disk.image, raw("/fast/root.raw"));
 }
 
 #[test]

@@ -1,15 +1,13 @@
 //! VMs, their disks with the binding, and their interfaces in the inventory.
 
-use std::path::{Path, PathBuf};
-
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_api::control::ExitReason;
 use strake_api::spec::VmSpec;
 use strake_observe::{Observation, Result};
 
 use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
-use crate::FileIdentity;
 use crate::observations::{InventoryCorrupt, NicConflict, NoSuchVm, VmExists};
+use crate::{Binding, FileIdentity, Location};
 
 /// What the inventory remembers of a VM's state: what a daemon that comes back must look for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,8 +79,8 @@ pub struct DiskRecord {
     pub name: String,
     /// Its PCI slot.
     pub slot: u8,
-    /// The binding: the image that holds its data.
-    pub image: PathBuf,
+    /// The binding: where its data is, and in which format.
+    pub image: Binding,
     /// The datastore of that image.
     pub datastore: Option<String>,
     /// Its size in bytes.
@@ -159,14 +157,14 @@ impl Inventory {
             for (position, disk) in disks.iter().enumerate() {
                 tx.execute(
                     "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
-                         read_only, created, file)
-                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+                         read_only, created, file, format)
+                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
                     params![
                         name,
                         disk.name,
                         to_sql(position as u64),
                         disk.slot,
-                        text(&disk.image)?,
+                        disk.image.location.text()?,
                         disk.datastore,
                         to_sql(disk.size),
                         disk.read_only,
@@ -175,6 +173,7 @@ impl Inventory {
                             .as_ref()
                             .map(|file| to_json(&disk.name, file))
                             .transpose()?,
+                        disk.image.format.name(),
                     ],
                 )?;
             }
@@ -315,15 +314,18 @@ impl Inventory {
     ///
     /// # Errors
     /// The inventory cannot be read.
-    pub fn users_of_image(&self, image: &Path) -> Result<Vec<(String, DiskRecord)>> {
+    pub fn users_of_image(&self, image: &Location) -> Result<Vec<(String, DiskRecord)>> {
         self.read("look for an image", |db| users_of_image(db, image))
     }
 }
 
-pub(super) fn users_of_image(db: &Connection, image: &Path) -> Attempt<Vec<(String, DiskRecord)>> {
+pub(super) fn users_of_image(
+    db: &Connection,
+    image: &Location,
+) -> Attempt<Vec<(String, DiskRecord)>> {
     let mut statement = db.prepare(&format!("{DISK}, vm FROM disks WHERE image = ?1"))?;
-    let rows = statement.query_map([text(image)?], |row| {
-        Ok((row.get::<_, String>(8)?, disk(row)?))
+    let rows = statement.query_map([image.text()?], |row| {
+        Ok((row.get::<_, String>(9)?, disk(row)?))
     })?;
     let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
     rows.into_iter()
@@ -331,14 +333,14 @@ pub(super) fn users_of_image(db: &Connection, image: &Path) -> Attempt<Vec<(Stri
         .collect()
 }
 
-/// Paths are text in the inventory, as in specs and in JSON.
-pub(super) fn text(path: &Path) -> Result<&str> {
-    path.to_str().ok_or_else(|| {
-        InventoryCorrupt {
-            record: path.display().to_string(),
-            reason: "the path is not UTF-8".to_owned(),
-        }
-        .into()
+/// A binding as two columns have it.
+pub(super) fn binding(record: &str, location: &str, format: &str) -> Result<Binding> {
+    Ok(Binding {
+        location: Location::parse(location)?,
+        format: format.parse().map_err(|reason| InventoryCorrupt {
+            record: record.to_owned(),
+            reason,
+        })?,
     })
 }
 
@@ -356,37 +358,51 @@ fn exists(db: &Connection, name: &str) -> Attempt<bool> {
         .is_some())
 }
 
-const DISK: &str = "SELECT name, slot, image, datastore, size, read_only, created, file";
+const DISK: &str = "SELECT name, slot, image, datastore, size, read_only, created, file, format";
 
-/// A disk whose file is still text.
+/// The columns of a disk as SQLite has them.
 struct RawDisk {
-    record: DiskRecord,
+    name: String,
+    slot: u8,
+    image: String,
+    datastore: Option<String>,
+    size: i64,
+    read_only: bool,
+    created: bool,
     file: Option<String>,
+    format: String,
 }
 
 impl RawDisk {
     fn known(self) -> Result<DiskRecord> {
-        let Self { mut record, file } = self;
-        let name = || format!("disk '{}'", record.name);
-        record.file = file.map(|file| from_json(&name(), &file)).transpose()?;
-        Ok(record)
+        let record = format!("disk '{}'", self.name);
+        Ok(DiskRecord {
+            slot: self.slot,
+            image: binding(&record, &self.image, &self.format)?,
+            datastore: self.datastore,
+            size: from_sql(self.size),
+            read_only: self.read_only,
+            created: self.created,
+            file: self
+                .file
+                .map(|file| from_json(&record, &file))
+                .transpose()?,
+            name: self.name,
+        })
     }
 }
 
 fn disk(row: &Row<'_>) -> rusqlite::Result<RawDisk> {
-    let record = DiskRecord {
+    Ok(RawDisk {
         name: row.get(0)?,
         slot: row.get(1)?,
-        image: PathBuf::from(row.get::<_, String>(2)?),
+        image: row.get(2)?,
         datastore: row.get(3)?,
-        size: from_sql(row.get(4)?),
+        size: row.get(4)?,
         read_only: row.get(5)?,
         created: row.get(6)?,
-        file: None,
-    };
-    Ok(RawDisk {
-        record,
         file: row.get(7)?,
+        format: row.get(8)?,
     })
 }
 

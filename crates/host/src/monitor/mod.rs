@@ -2,11 +2,13 @@
 //! inventory.
 //!
 //! * [`packet`]: packets with descriptors over `SOCK_SEQPACKET`.
+//! * [`descriptors`]: the descriptors of a packet.
 //! * [`connection`]: requests and their replies; events as they come.
 //! * [`process`]: the monitor's process, ours or inherited from a daemon before us.
 //! * [`spawn`]: how a monitor is started.
 
 pub(crate) mod connection;
+pub(crate) mod descriptors;
 pub mod packet;
 pub(crate) mod process;
 pub(crate) mod spawn;

@@ -47,6 +47,9 @@ fn own(id: &str) -> Option<StatusCode> {
         "api.spec-invalid"
         | "api.spec-problems"
         | "host.image-refused"
+        | "host.chain-refused"
+        | "host.not-a-file"
+        | "host.too-many-files"
         | "host.datastore-refused"
         | "host.boot-file-refused"
         | "host.destination-too-small" => StatusCode::UNPROCESSABLE_ENTITY,

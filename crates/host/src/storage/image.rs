@@ -1,4 +1,4 @@
-//! Images: raw files and block devices.
+//! Images as single files: regular ones and block devices.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
@@ -9,10 +9,14 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use strake_api::image::{ImageFormat, LayerAccess};
 use strake_api::spec::SECTOR;
+use strake_block::Access;
 use strake_observe::{Because, Observation, OsContext, Result};
+use strake_qcow2::{CreateOptions, FileStore};
 
 use super::identity::FileIdentity;
+use super::location::Binding;
 use super::lock::{self, Share};
 use super::removal::{self, Claim, Removal};
 use super::store;
@@ -23,7 +27,7 @@ use crate::observations::{
 
 /// How long to wait for a lock that somebody else has. A monitor that has just ended may hold its
 /// images a moment longer: the kernel takes io_uring rings down after the process.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Whether the guest writes to an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +39,13 @@ pub(crate) enum Mode {
 impl Mode {
     pub(crate) fn of(read_only: bool) -> Self {
         if read_only { Self::Read } else { Self::Write }
+    }
+
+    pub(super) fn access(self) -> LayerAccess {
+        match self {
+            Self::Read => LayerAccess::ReadOnly,
+            Self::Write => LayerAccess::ReadWrite,
+        }
     }
 }
 
@@ -69,7 +80,7 @@ pub(crate) fn look(path: &Path) -> Result<Option<Looks>> {
         return Err(refused(
             path,
             "it is neither a regular file nor a block device",
-            "name a raw image file or a block device",
+            "name an image file or a block device",
         ));
     }
     let size = File::open(path)
@@ -89,7 +100,7 @@ pub(crate) fn check_size(path: &Path, size: u64) -> Result<()> {
         return Err(refused(
             path,
             &format!("its size, {size} bytes, is not a whole number of 512-byte sectors"),
-            "name a raw image; `truncate -s` brings one to a whole number of sectors",
+            "name an image; `truncate -s` brings a raw one to a whole number of sectors",
         ));
     }
     Ok(())
@@ -115,16 +126,26 @@ pub(crate) fn canonical(path: &Path) -> Result<PathBuf> {
     Ok(directory.join(name))
 }
 
-/// Opens an image for a monitor and locks it. `user` names who uses it, should it be locked.
-pub(crate) fn open(path: &Path, mode: Mode, user: impl Fn() -> String) -> Result<OwnedFd> {
-    let looks = look(path)?.ok_or_else(|| {
+/// Looks at an image that must be there.
+pub(super) fn require(path: &Path) -> Result<Looks> {
+    look(path)?.ok_or_else(|| {
         refused(
             path,
             "there is no such file",
             "restore it, or correct the spec",
         )
-    })?;
-    check_size(path, looks.size)?;
+    })
+}
+
+/// Opens a raw image for a monitor and locks it. `user` names who uses it, should it be locked.
+pub(crate) fn open(path: &Path, mode: Mode, user: impl Fn() -> String) -> Result<OwnedFd> {
+    check_size(path, require(path)?.size)?;
+    open_any(path, mode, user)
+}
+
+/// The same for a file of any format.
+pub(crate) fn open_any(path: &Path, mode: Mode, user: impl Fn() -> String) -> Result<OwnedFd> {
+    let looks = require(path)?;
     let exclusive = !looks.regular && mode == Mode::Write;
     let file = open_free(path, mode, exclusive, &user)?;
     take_lock(&file, path, mode, LOCK_PATIENCE, user)?;
@@ -221,15 +242,56 @@ pub(crate) struct NewImage {
     pub(crate) identity: FileIdentity,
 }
 
-/// Creates an empty image of exactly `size` bytes where nothing is yet, locked, and durable by
+/// Creates an empty disk of exactly `size` bytes where nothing is yet, locked, and durable by
 /// name. Nothing is left behind if that fails.
-pub(crate) fn create(path: &Path, size: u64) -> Result<NewImage> {
-    create_for(path, path, size)
+pub(crate) fn create(binding: &Binding, size: u64) -> Result<NewImage> {
+    let path = binding.file()?;
+    create_for(path, path, binding.format, size)
 }
 
 /// The same under a name for the time being; `shown` is the one that it is to have, by which
 /// failures name it.
-pub(crate) fn create_for(shown: &Path, path: &Path, size: u64) -> Result<NewImage> {
+pub(crate) fn create_for(
+    shown: &Path,
+    path: &Path,
+    format: ImageFormat,
+    size: u64,
+) -> Result<NewImage> {
+    match format {
+        ImageFormat::Raw => create_file(shown, path, size, |file| file.set_len(size)),
+        ImageFormat::Qcow2 => create_qcow2(shown, path, size, &CreateOptions::new(size)),
+    }
+}
+
+/// Creates an empty qcow2 image, perhaps over another one.
+pub(crate) fn create_qcow2(
+    shown: &Path,
+    path: &Path,
+    size: u64,
+    options: &CreateOptions,
+) -> Result<NewImage> {
+    let new = create_file(shown, path, size, |_| Ok(()))?;
+    let guard = Created::new(path, &new.identity);
+    let made = new
+        .fd
+        .try_clone()
+        .os("dup", path.display())
+        .and_then(|fd| FileStore::from_fd(fd, show(path), Access::ReadWrite))
+        .and_then(|store| strake_qcow2::create(&store, options));
+    made.because_of(|| ImageNotCreated {
+        path: show(shown),
+        size,
+    })?;
+    guard.keep();
+    Ok(new)
+}
+
+fn create_file(
+    shown: &Path,
+    path: &Path,
+    size: u64,
+    extend: impl FnOnce(&File) -> std::io::Result<()>,
+) -> Result<NewImage> {
     let not_created = || ImageNotCreated {
         path: show(shown),
         size,
@@ -252,7 +314,7 @@ pub(crate) fn create_for(shown: &Path, path: &Path, size: u64) -> Result<NewImag
         ))
         .because_of(not_created);
     }
-    if let Err(error) = file.set_len(size) {
+    if let Err(error) = extend(&file) {
         let too_small = error.raw_os_error() == Some(Errno::FBIG.raw_os_error());
         let seen = Err(error).os("ftruncate", path.display());
         return if too_small {

@@ -2,11 +2,19 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use strake_api::image::ImageFormat;
 
 use super::identity::FileIdentity;
 use super::image::{self, Mode};
+use super::location::Binding;
 use super::removal::{self, Claim, Removal};
 use super::store;
+
+fn raw(path: &Path) -> Binding {
+    Binding::new(path, ImageFormat::Raw)
+}
 
 fn nobody() -> String {
     "somebody".to_owned()
@@ -16,7 +24,7 @@ fn nobody() -> String {
 fn an_image_is_created_exactly_once_and_of_its_size() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.raw");
-    let held = image::create(&path, 1 << 20).unwrap();
+    let held = image::create(&raw(&path), 1 << 20).unwrap();
     let looks = image::look(&path).unwrap().unwrap();
     assert_eq!(
         (looks.size, looks.allocated, looks.regular),
@@ -24,7 +32,7 @@ fn an_image_is_created_exactly_once_and_of_its_size() {
     );
     let mode = fs::metadata(&path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let seen = image::create(&path, 1 << 20).unwrap_err();
+    let seen = image::create(&raw(&path), 1 << 20).unwrap_err();
     assert_eq!(seen.id(), "host.image-not-created");
     assert!(
         path.exists(),
@@ -42,7 +50,7 @@ fn an_image_is_created_exactly_once_and_of_its_size() {
 fn readers_share_and_writers_do_not() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.raw");
-    drop(image::create(&path, 4096).unwrap());
+    drop(image::create(&raw(&path), 4096).unwrap());
     let first = image::open(&path, Mode::Read, nobody).unwrap();
     let second = image::open(&path, Mode::Read, nobody).unwrap();
     assert_eq!(
@@ -69,7 +77,7 @@ fn what_is_no_image_is_refused() {
 fn a_size_that_the_file_system_cannot_hold_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("huge.raw");
-    let seen = image::create(&path, 1 << 62).unwrap_err();
+    let seen = image::create(&raw(&path), 1 << 62).unwrap_err();
     // ext4 says EFBIG; other file systems may hold any size, and then fail otherwise.
     assert!(seen.find("os.call-failed").is_some(), "{seen}");
     assert!(!path.exists());
@@ -115,7 +123,7 @@ fn a_datastore_is_a_reachable_directory_with_room() {
 fn only_the_file_that_is_meant_is_removed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.raw");
-    let meant = image::create(&path, 4096).unwrap().identity;
+    let meant = image::create(&raw(&path), 4096).unwrap().identity;
     // Removed and made again: often with the same inode number.
     fs::remove_file(&path).unwrap();
     fs::write(&path, b"precious").unwrap();
@@ -143,7 +151,7 @@ fn only_the_file_that_is_meant_is_removed() {
 fn an_image_that_somebody_uses_is_not_removed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.raw");
-    let made = image::create(&path, 4096).unwrap();
+    let made = image::create(&raw(&path), 4096).unwrap();
     let seen = image::remove(&path, Some(&made.identity), "a test").unwrap_err();
     assert!(seen.find("host.image-in-use").is_some(), "{seen}");
     let seen = removal::remove_stale(&path).unwrap_err();

@@ -246,8 +246,10 @@ impl Driver {
         let request = Request::MigrateDisk {
             job: JobId(format!("job{}", self.jobs)),
             disk: "disk0".to_owned(),
-            destination: FdIndex(0),
-            destination_path: path,
+            destination: ImageConfig::Raw {
+                file: FdIndex(0),
+                path,
+            },
             journal: FdIndex(1),
             limits: MigrationLimits {
                 suspend: Suspend::Vm,

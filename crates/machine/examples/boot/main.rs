@@ -18,7 +18,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use strake_api::control::{
-    BootConfig, ConsoleKind, DiskConfig, FdIndex, MachineConfig, MemoryConfig, NicConfig,
+    BootConfig, ConsoleKind, DiskConfig, FdIndex, ImageConfig, MachineConfig, MemoryConfig,
+    NicConfig,
 };
 use strake_machine::{Descriptors, Machine, Mailbox};
 use strake_observe::{OsContext, Result, Style, render};
@@ -127,8 +128,10 @@ fn configuration(options: &Options) -> Result<(MachineConfig, Vec<OwnedFd>)> {
                 Ok(DiskConfig {
                     name: format!("disk{index}"),
                     slot: 1 + index,
-                    image: give(open(path)?),
-                    path: path.clone(),
+                    image: ImageConfig::Raw {
+                        file: give(open(path)?),
+                        path: path.clone(),
+                    },
                     read_only: false,
                     serial: format!("disk{index}"),
                     queues: options.cpus.into(),

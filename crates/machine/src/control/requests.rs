@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use strake_api::control::{Body, ExitReason, PROTOCOL_VERSION, Reply, Request, RunState, VmStatus};
+use strake_block::Access;
 use strake_observe::{Observation, Result};
 
 use super::Server;
+use crate::images;
 use crate::observations::{BadPacket, HelloMissing, WrongState, WrongVersion};
 use crate::{Descriptors, Machine, MigrationRequest};
 
@@ -59,15 +61,14 @@ impl Server {
                 job,
                 disk,
                 destination,
-                destination_path,
                 journal,
                 limits,
             } => {
+                let access = Access::ReadWrite;
                 let request = MigrationRequest {
                     job,
                     disk,
-                    destination: fds.take(destination, "the destination")?,
-                    destination_path,
+                    destination: images::open(&destination, access, "the destination", &mut fds)?,
                     journal: fds.take(journal, "the journal")?,
                     limits,
                 };

@@ -7,9 +7,9 @@ use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use strake_api::control::{DiskConfig, Event, FdIndex, RunState};
+use strake_api::control::{DiskConfig, Event, FdIndex, ImageConfig, RunState};
 use strake_api::job::{JobId, MigrationLimits, Phase as JobPhase};
-use strake_block::{Access, Blocking, Operation};
+use strake_block::{Access, Blocking, Operation, RawImage};
 use strake_nbd::{Address, NbdImage, Uri};
 
 use super::*;
@@ -36,8 +36,10 @@ fn config() -> ExportConfig {
         disk: DiskConfig {
             name: "root".to_owned(),
             slot: 0,
-            image: FdIndex(0),
-            path: "root.raw".to_owned(),
+            image: ImageConfig::Raw {
+                file: FdIndex(0),
+                path: "root.raw".to_owned(),
+            },
             read_only: false,
             serial: "root".to_owned(),
             queues: 4,
@@ -132,8 +134,9 @@ fn its_disk_is_migrated_under_its_clients() {
     let request = MigrationRequest {
         job: job.clone(),
         disk: "root".to_owned(),
-        destination: image(&moved),
-        destination_path: "moved.raw".to_owned(),
+        destination: Arc::new(
+            RawImage::from_fd(image(&moved), "moved.raw", Access::ReadWrite).unwrap(),
+        ),
         journal: tempfile::tempfile().unwrap().into(),
         limits: MigrationLimits::default(),
     };

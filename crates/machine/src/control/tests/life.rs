@@ -4,7 +4,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use strake_api::control::{DiskConfig, Event, ExitReason, FdIndex, Reply, Request, RunState};
+use strake_api::control::{
+    DiskConfig, Event, ExitReason, FdIndex, ImageConfig, Reply, Request, RunState,
+};
 use strake_api::job::{JobId, MigrationLimits, Phase, Suspend};
 
 use strake_observe::Kind;
@@ -251,8 +253,10 @@ fn with_disk(cpus: u8) -> Option<(Monitor, Daemon)> {
     config.disks.push(DiskConfig {
         name: "root".to_owned(),
         slot: 1,
-        image: FdIndex(4),
-        path: "source.raw".to_owned(),
+        image: ImageConfig::Raw {
+            file: FdIndex(4),
+            path: "source.raw".to_owned(),
+        },
         read_only: false,
         serial: "test-root".to_owned(),
         queues: 1,
@@ -282,8 +286,10 @@ fn migrate(monitor: &Monitor, daemon: &mut Daemon, name: &str, suspend: Suspend)
         Request::MigrateDisk {
             job: JobId("j1".to_owned()),
             disk: "root".to_owned(),
-            destination: FdIndex(0),
-            destination_path: format!("{name}.raw"),
+            destination: ImageConfig::Raw {
+                file: FdIndex(0),
+                path: format!("{name}.raw"),
+            },
             journal: FdIndex(1),
             limits: MigrationLimits {
                 suspend,

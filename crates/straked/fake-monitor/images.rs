@@ -1,0 +1,78 @@
+//! Images as the fake guest has them: real ones, used one request at a time.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use strake_api::control::{FdIndex, ImageConfig, ImageFormat, LayerAccess};
+use strake_block::{Access, Blocking, Image, RawImage, SECTOR_BYTES};
+use strake_observe::Result;
+use strake_qcow2::{ChainPart, FileStore, Format, open_chain};
+
+use crate::staged;
+
+/// The descriptors of a packet.
+pub(crate) struct Fds(Vec<Option<OwnedFd>>);
+
+impl Fds {
+    pub(crate) fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    pub(crate) fn take(&mut self, index: FdIndex) -> Option<OwnedFd> {
+        self.0.get_mut(usize::from(index.0)).and_then(Option::take)
+    }
+
+    pub(crate) fn rest(self) -> Vec<OwnedFd> {
+        self.0.into_iter().flatten().collect()
+    }
+}
+
+pub(crate) fn open(config: &ImageConfig, read_only: bool, fds: &mut Fds) -> Result<Arc<dyn Image>> {
+    let mut take = |index| {
+        fds.take(index)
+            .ok_or_else(|| staged("a descriptor is missing"))
+    };
+    match config {
+        ImageConfig::Raw { file, path } => {
+            let access = if read_only {
+                Access::ReadOnly
+            } else {
+                Access::ReadWrite
+            };
+            Ok(Arc::new(RawImage::from_fd(take(*file)?, path, access)?))
+        }
+        ImageConfig::Qcow2 { layers } => {
+            let mut parts = Vec::new();
+            for layer in layers {
+                let access = match layer.access {
+                    LayerAccess::ReadOnly => Access::ReadOnly,
+                    LayerAccess::ReadWrite => Access::ReadWrite,
+                };
+                parts.push(ChainPart {
+                    store: Arc::new(FileStore::from_fd(take(layer.file)?, &layer.path, access)?),
+                    format: match layer.format {
+                        ImageFormat::Raw => Format::Raw,
+                        ImageFormat::Qcow2 => Format::Qcow2,
+                    },
+                    access,
+                });
+            }
+            Ok(open_chain(parts)?)
+        }
+    }
+}
+
+/// Writes bytes anywhere, durably.
+pub(crate) fn write(image: &dyn Image, at: u64, bytes: &[u8]) -> Result<()> {
+    let start = at - at % SECTOR_BYTES;
+    let end = (at + bytes.len() as u64).next_multiple_of(SECTOR_BYTES);
+    let length = usize::try_from(end - start).unwrap_or(0);
+    let mut sectors = vec![0; length];
+    image.read_at(start, &mut sectors)?;
+    let skip = usize::try_from(at - start).unwrap_or(0);
+    if let Some(place) = sectors.get_mut(skip..skip + bytes.len()) {
+        place.copy_from_slice(bytes);
+    }
+    Blocking::new(image)?.write(start, &sectors)?;
+    image.flush()
+}
