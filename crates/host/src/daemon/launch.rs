@@ -8,15 +8,17 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use strake_api::control::{BootConfig, DiskConfig, MachineConfig, MemoryConfig, NicConfig};
-use strake_api::spec::{BootSpec, parse_mac};
+use strake_api::control::{
+    BootConfig, DiskConfig, MachineConfig, MemoryConfig, NicConfig, Request,
+};
+use strake_api::spec::{BootSpec, VmSpec, parse_mac};
 use strake_observe::{Because, OsContext, Result};
 
 use super::create::boot_file_refused;
 use super::{Host, private};
 use crate::FileIdentity;
 use crate::config::show;
-use crate::inventory::{DiskRecord, VmRecord};
+use crate::inventory::{DiskRecord, VmRecord, Workload};
 use crate::monitor::descriptors::Descriptors;
 use crate::net;
 use crate::observations::{InventoryCorrupt, KvmUnavailable};
@@ -26,10 +28,10 @@ use crate::storage::image::Mode;
 /// A machine's description and the descriptors that it names.
 #[derive(Debug)]
 pub(super) struct Launch {
-    pub(super) config: MachineConfig,
+    pub(super) configure: Request,
     /// Which file each disk's image is.
     pub(super) files: Vec<(String, FileIdentity)>,
-    fds: Descriptors,
+    pub(super) fds: Descriptors,
 }
 
 impl Launch {
@@ -39,15 +41,26 @@ impl Launch {
 }
 
 impl Host {
-    /// Opens everything that the VM's machine needs.
+    /// Opens everything that the monitor needs for what it is to run.
     pub(super) fn prepare_launch(&self, vm: &VmRecord) -> Result<Launch> {
+        match &vm.what {
+            Workload::Vm(spec) => self.prepare_machine(vm, spec),
+            Workload::Export(spec) => self.prepare_export(vm, spec),
+        }
+    }
+
+    fn prepare_machine(&self, vm: &VmRecord, spec: &VmSpec) -> Result<Launch> {
         let mut fds = Descriptors::default();
         let kvm = fds.add(self.open_kvm()?)?;
-        let boot = boot(&vm.spec.boot, vm, &mut fds)?;
+        let boot = boot(&spec.boot, vm, &mut fds)?;
         let mut disks = Vec::new();
         let mut files = Vec::new();
         for disk in &vm.disks {
-            let (config, file) = self.disk(vm, disk, &mut fds)?;
+            let named = spec.disks.iter().find(|spec| spec.name == disk.name);
+            let queues = named
+                .and_then(|named| named.queues)
+                .unwrap_or(u16::from(spec.cpus));
+            let (config, file) = self.disk(vm, disk, queues, &mut fds)?;
             disks.push(config);
             files.push((disk.name.clone(), file));
         }
@@ -64,7 +77,7 @@ impl Host {
                 mac,
             });
         }
-        let size = vm.spec.memory.0;
+        let size = spec.memory.0;
         let memfd = strake_memory::create_memfd(&format!("strake-ram-{}", vm.name), size)?;
         let memory = MemoryConfig {
             size,
@@ -73,17 +86,17 @@ impl Host {
         private(&self.config.vm_state(&vm.name))?;
         let console_log = fds.add(open_console_log(&self.config.console_log(&vm.name))?)?;
         Ok(Launch {
-            config: MachineConfig {
+            configure: Request::Configure(Box::new(MachineConfig {
                 vm: vm.name.clone(),
-                cpus: vm.spec.cpus,
+                cpus: spec.cpus,
                 kvm,
                 memory,
                 boot,
                 disks,
                 nics,
-                console: vm.spec.console,
+                console: spec.console,
                 console_log,
-            },
+            })),
             files,
             fds,
         })
@@ -110,13 +123,13 @@ impl Host {
             })
     }
 
-    fn disk(
+    pub(super) fn disk(
         &self,
         vm: &VmRecord,
         disk: &DiskRecord,
+        queues: u16,
         fds: &mut Descriptors,
     ) -> Result<(DiskConfig, FileIdentity)> {
-        let spec = vm.spec.disks.iter().find(|spec| spec.name == disk.name);
         let mode = Mode::of(disk.read_only);
         let user = |path: &Path| self.who_uses(&vm.name, path);
         let image = chain::open(&disk.image, mode, &self.allowed_below()?, &user)?;
@@ -127,9 +140,7 @@ impl Host {
             image: image.give(fds)?,
             read_only: disk.read_only,
             serial: disk.name.clone(),
-            queues: spec
-                .and_then(|spec| spec.queues)
-                .unwrap_or(u16::from(vm.spec.cpus)),
+            queues,
         };
         Ok((config, file))
     }
