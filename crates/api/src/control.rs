@@ -29,9 +29,9 @@ pub const LISTEN_FD: i32 = 3;
 /// its jobs go, then causes far down in its observations, which say so.
 pub const MAX_PACKET: usize = 128 * 1024;
 
-/// The most descriptors in one packet: the kernel's own bound. A VM whose disks have more layers than
-/// that leaves is not started, see the daemon.
-pub const MAX_FDS: usize = 253;
+/// The most descriptors in one packet (the kernel's own bound is 253). A VM whose disks have more
+/// layers than this leaves room for is refused by the daemon.
+pub const MAX_FDS: usize = 240;
 
 /// The place of a descriptor among those of its packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

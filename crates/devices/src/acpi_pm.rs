@@ -7,9 +7,11 @@
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use strake_observe::Result;
+
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
-use crate::lifecycle::PhaseCell;
+use crate::lifecycle::{PhaseCell, Registers as Savable};
 
 /// `SLP_TYP` of S5, as the DSDT's `_S5` object says it.
 pub const S5_SLEEP_TYPE: u16 = 5;
@@ -55,6 +57,36 @@ impl fmt::Debug for AcpiPm {
 }
 
 crate::registers_only!(AcpiPm);
+
+strake_state::saved! {
+    /// ACPI's fixed hardware.
+    pub record SavedAcpiPm("acpi-pm", version 1) {
+        /// Status bits.
+        1 => status: u16,
+        /// Enable bits.
+        2 => enable: u16,
+    }
+}
+
+impl Savable for AcpiPm {
+    type Saved = SavedAcpiPm;
+
+    fn registers(&self) -> SavedAcpiPm {
+        let registers = self.lock();
+        SavedAcpiPm {
+            status: registers.status,
+            enable: registers.enable,
+        }
+    }
+
+    fn set_registers(&self, saved: SavedAcpiPm) -> Result<()> {
+        let mut registers = self.lock();
+        registers.status = saved.status & STATUS_BITS;
+        registers.enable = saved.enable & ENABLE_BITS;
+        self.settle(&registers);
+        Ok(())
+    }
+}
 
 impl AcpiPm {
     /// The hardware that raises `sci` and tells `events`.

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use strake_observe::Result;
+
 use crate::bus::BusDevice;
-use crate::lifecycle::PhaseCell;
+use crate::lifecycle::{PhaseCell, Registers};
 
 const INDEX_BITS: u8 = 0x7f; // the top bit masks NMIs
 const REGISTER_A: u8 = 0x0a;
@@ -38,6 +40,34 @@ impl fmt::Debug for Cmos {
 }
 
 crate::registers_only!(Cmos);
+
+strake_state::saved! {
+    /// The clock's memory; its time is the host's.
+    pub record SavedCmos("cmos", version 1) {
+        /// The register that the data port means.
+        1 => index: u8,
+        /// The memory beside the clock.
+        2 => memory: [u8; 128],
+    }
+}
+
+impl Registers for Cmos {
+    type Saved = SavedCmos;
+
+    fn registers(&self) -> SavedCmos {
+        SavedCmos {
+            index: self.index.load(Ordering::Relaxed),
+            memory: *self.memory.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    fn set_registers(&self, saved: SavedCmos) -> Result<()> {
+        self.index
+            .store(saved.index & INDEX_BITS, Ordering::Relaxed);
+        *self.memory.lock().unwrap_or_else(PoisonError::into_inner) = saved.memory;
+        Ok(())
+    }
+}
 
 impl Cmos {
     /// A clock that shows the host's time.

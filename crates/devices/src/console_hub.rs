@@ -10,6 +10,10 @@
 //! exchange, never over I/O: a full disk or a terminal that does not read cannot stop a vCPU. What
 //! does not fit is lost and counted, the oldest first. The log is bounded too, because its content
 //! is the guest's: at [`LOG_LIMIT`] it starts anew.
+//!
+//! *Quiesced*, the thread has written all that there was and stands still: nobody reads from the
+//! terminals. They are saved as descriptors ([`ConsoleHub::streams`]) and go on in another process
+//! with the input that waited here; until that one is resumed, it does not read from them either.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,15 +21,18 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use strake_observe::{Because, OsContext, Result, State as Seen, recorder};
+use strake_state::observations::Damaged;
+use strake_state::{Blob, Records};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::observations::{ConsoleOutputLost, DeviceUnusable};
+use crate::lifecycle::{Component, Phase, PhaseCell};
+use crate::observations::{ConsoleOutputLost, DeviceUnusable, QuiesceTimeout};
 use crate::serial::{ConsoleInput, ConsoleOutput};
 
 /// Output that waits for the hub's thread.
@@ -45,8 +52,20 @@ const RETRY_MS: i32 = 20;
 /// into it shall arrive, but a guest that never reads must not keep its place for ever.
 const LEFT_LIMIT: Duration = Duration::from_secs(2);
 
+/// How long the thread may take to write what there is before it stands still.
+const QUIESCE_BOUND: Duration = Duration::from_secs(2);
+
+strake_state::saved! {
+    /// The terminals at a console.
+    pub record SavedConsoleHub("console-hub", version 1) {
+        /// For each terminal the input that waits for the guest to have room.
+        1 => waiting: Vec<Blob>,
+    }
+}
+
 /// The host's end of a console.
 pub struct ConsoleHub {
+    phase: PhaseCell,
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -55,18 +74,38 @@ struct Shared {
     name: String,
     wake: EventFd,
     state: Mutex<State>,
+    /// The thread stands still, or shall no longer.
+    moved: Condvar,
 }
 
 #[derive(Default)]
 struct State {
     backlog: Vec<u8>,
     lost: u64,
-    /// Streams that the thread does not know yet, each with how much of the backlog is older.
-    arrived: Vec<(UnixStream, usize)>,
+    /// Streams that the thread does not know yet.
+    arrived: Vec<Arrival>,
+    /// Streams of another process that are to be restored.
+    brought: Vec<OwnedFd>,
     streams: usize,
+    /// The thread shall stand still.
+    still: bool,
+    /// It does, with these streams.
+    standing: Option<Vec<Held>>,
     input: Option<Arc<dyn ConsoleInput>>,
     closing: bool,
 }
+
+/// A stream that the thread does not know yet.
+struct Arrival {
+    socket: UnixStream,
+    /// How much of the backlog is older.
+    older: usize,
+    /// Input that was read from it elsewhere.
+    pending: Vec<u8>,
+}
+
+/// A stream of a thread that stands still; none if it could not be shared.
+struct Held(Option<UnixStream>, Vec<u8>);
 
 impl fmt::Debug for ConsoleHub {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -107,6 +146,7 @@ impl ConsoleHub {
             name: name.clone(),
             wake,
             state: Mutex::default(),
+            moved: Condvar::new(),
         });
         let hub = Hub {
             shared: Arc::clone(&shared),
@@ -123,6 +163,7 @@ impl ConsoleHub {
             .os("spawn a thread", &name)
             .because_of(unusable)?;
         Ok(Arc::new(Self {
+            phase: PhaseCell::default(),
             shared,
             thread: Mutex::new(Some(thread)),
         }))
@@ -147,10 +188,35 @@ impl ConsoleHub {
         }
         state.streams += 1;
         let older = state.backlog.len();
-        state.arrived.push((stream, older));
+        state.arrived.push(Arrival {
+            socket: stream,
+            older,
+            pending: Vec::new(),
+        });
         drop(state);
         self.shared.wake();
         Ok(())
+    }
+
+    /// The terminals' streams, in the order of their record, while it is quiesced.
+    ///
+    /// # Errors
+    /// The host has no descriptor left.
+    pub fn streams(&self) -> Result<Vec<OwnedFd>> {
+        let state = self.shared.lock();
+        let held = state
+            .standing
+            .iter()
+            .flatten()
+            .filter_map(|held| held.0.as_ref());
+        held.map(|socket| socket.try_clone().map(OwnedFd::from))
+            .collect::<std::io::Result<_>>()
+            .os("dup", &self.shared.name)
+    }
+
+    /// Gives it the streams of the process whose records it will be restored from.
+    pub fn bring(&self, streams: Vec<OwnedFd>) {
+        self.shared.lock().brought = streams;
     }
 
     /// Sends input to `input` from now on.
@@ -161,6 +227,7 @@ impl ConsoleHub {
     /// Writes what is left and ends the thread. What comes afterwards is lost.
     pub fn close(&self) {
         self.shared.lock().closing = true;
+        self.shared.moved.notify_all();
         self.shared.wake();
         let thread = self
             .thread
@@ -190,8 +257,8 @@ impl ConsoleOutput for ConsoleHub {
             let cut = (over + BACKLOG_LIMIT / 4).min(state.backlog.len());
             state.backlog.drain(..cut);
             state.lost += cut as u64;
-            for (_, older) in &mut state.arrived {
-                *older = older.saturating_sub(cut);
+            for arrival in &mut state.arrived {
+                arrival.older = arrival.older.saturating_sub(cut);
             }
         }
         drop(state);
@@ -201,7 +268,124 @@ impl ConsoleOutput for ConsoleHub {
     }
 }
 
+impl Component for ConsoleHub {
+    fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    fn phase(&self) -> Phase {
+        self.phase.get()
+    }
+
+    fn start(&self) -> Result<()> {
+        let name = &self.shared.name;
+        self.phase
+            .step(name, "start", (Phase::Prepared, Phase::Running), || Ok(()))
+    }
+
+    fn quiesce(&self) -> Result<()> {
+        let name = &self.shared.name;
+        let steps = (Phase::Running, Phase::Quiesced);
+        self.phase
+            .step(name, "quiesce", steps, || self.shared.stop())
+    }
+
+    fn resume(&self) -> Result<()> {
+        let name = &self.shared.name;
+        let steps = (Phase::Quiesced, Phase::Running);
+        self.phase.step(name, "resume", steps, || {
+            self.shared.go_on();
+            Ok(())
+        })
+    }
+
+    fn save(&self, records: &mut Records) -> Result<()> {
+        let name = &self.shared.name;
+        let steps = (Phase::Quiesced, Phase::Quiesced);
+        self.phase.step(name, "be saved", steps, || {
+            let state = self.shared.lock();
+            let held = state
+                .standing
+                .iter()
+                .flatten()
+                .filter(|held| held.0.is_some());
+            let waiting = held.map(|held| Blob(held.1.clone())).collect();
+            records.put(name, &SavedConsoleHub { waiting })
+        })
+    }
+
+    fn restore(&self, records: &mut Records) -> Result<()> {
+        let name = &self.shared.name;
+        let steps = (Phase::Prepared, Phase::Quiesced);
+        self.phase.step(name, "be restored", steps, || {
+            let saved: SavedConsoleHub = records.take(name)?;
+            self.shared.restore(saved.waiting)
+        })
+    }
+}
+
 impl Shared {
+    /// Makes the thread stand still.
+    fn stop(&self) -> Result<()> {
+        let mut state = self.lock();
+        state.still = true;
+        self.wake();
+        let until = Instant::now() + QUIESCE_BOUND;
+        while state.standing.is_none() && !state.closing {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                state.still = false;
+                return Err(QuiesceTimeout {
+                    device: self.name.clone(),
+                    waited_ms: u64::try_from(QUIESCE_BOUND.as_millis()).unwrap_or(u64::MAX),
+                }
+                .into());
+            }
+            state = self
+                .moved
+                .wait_timeout(state, left)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state);
+        }
+        Ok(())
+    }
+
+    fn go_on(&self) {
+        self.lock().still = false;
+        self.moved.notify_all();
+    }
+
+    /// The streams that were brought are there from now on, but nobody reads from them yet.
+    fn restore(&self, waiting: Vec<Blob>) -> Result<()> {
+        let mut state = self.lock();
+        let brought = std::mem::take(&mut state.brought);
+        if brought.len() != waiting.len() || brought.len() > STREAM_LIMIT {
+            return Err(Damaged {
+                record: format!("'console-hub' of '{}'", self.name),
+                reason: format!(
+                    "{} terminals were saved and {} came",
+                    waiting.len(),
+                    brought.len()
+                ),
+            }
+            .into());
+        }
+        state.still = true;
+        for (stream, Blob(pending)) in brought.into_iter().zip(waiting) {
+            let socket = UnixStream::from(stream);
+            socket.set_nonblocking(true).os("FIONBIO", &self.name)?;
+            let older = state.backlog.len();
+            state.streams += 1;
+            state.arrived.push(Arrival {
+                socket,
+                older,
+                pending,
+            });
+        }
+        drop(state);
+        self.wake();
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -244,12 +428,15 @@ impl Hub {
             let count = self.poller.wait(timeout, &mut events).unwrap_or(0);
             let _ = self.shared.wake.read();
             let (output, arrived, input, closing) = self.look();
-            for (stream, older) in arrived {
-                self.welcome(stream, older);
+            for arrival in arrived {
+                self.welcome(arrival);
             }
             self.put(&output);
             if closing {
                 return;
+            }
+            if self.stand() {
+                continue;
             }
             let mut ready: Vec<u64> = events
                 .iter()
@@ -276,14 +463,7 @@ impl Hub {
 
     /// What there is to do, taken out of the shared state.
     #[allow(clippy::type_complexity)]
-    fn look(
-        &mut self,
-    ) -> (
-        Vec<u8>,
-        Vec<(UnixStream, usize)>,
-        Option<Arc<dyn ConsoleInput>>,
-        bool,
-    ) {
+    fn look(&mut self) -> (Vec<u8>, Vec<Arrival>, Option<Arc<dyn ConsoleInput>>, bool) {
         let mut state = self.shared.lock();
         let lost = std::mem::take(&mut state.lost);
         let taken = (
@@ -299,18 +479,60 @@ impl Hub {
         taken
     }
 
-    fn welcome(&mut self, socket: UnixStream, skip: usize) {
+    /// Stands still for as long as that is wanted; says whether it did. What came meanwhile is
+    /// looked for afterwards.
+    fn stand(&self) -> bool {
+        let mut state = self.shared.lock();
+        // What came since the last look is written first.
+        if !state.still || !state.backlog.is_empty() || !state.arrived.is_empty() {
+            let again = state.still;
+            drop(state);
+            if again {
+                self.shared.wake();
+            }
+            return again;
+        }
+        let held = self
+            .streams
+            .values()
+            .map(|stream| Held(stream.socket.try_clone().ok(), stream.pending.clone()));
+        state.standing = Some(held.collect());
+        self.shared.moved.notify_all();
+        while state.still && !state.closing {
+            state = self
+                .shared
+                .moved
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.standing = None;
+        drop(state);
+        self.shared.wake();
+        true
+    }
+
+    fn welcome(&mut self, arrival: Arrival) {
+        let Arrival {
+            socket,
+            older: skip,
+            pending,
+        } = arrival;
         let token = self.next;
         self.next += 1;
+        let events = if pending.is_empty() {
+            EventSet::IN
+        } else {
+            EventSet::ONE_SHOT
+        };
         let added = self.poller.ctl(
             ControlOperation::Add,
             socket.as_raw_fd(),
-            EpollEvent::new(EventSet::IN, token),
+            EpollEvent::new(events, token),
         );
         if added.is_ok() {
             let stream = Stream {
                 socket,
-                pending: Vec::new(),
+                pending,
                 left: None,
                 skip,
             };

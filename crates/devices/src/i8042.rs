@@ -7,9 +7,11 @@
 use std::fmt;
 use std::sync::Arc;
 
+use strake_observe::Result;
+
 use crate::acpi_pm::PowerEvents;
 use crate::bus::BusDevice;
-use crate::lifecycle::PhaseCell;
+use crate::lifecycle::{PhaseCell, Registers};
 
 const COMMAND: u64 = 4;
 const PULSE_RESET: u8 = 0xfe;
@@ -29,6 +31,23 @@ impl fmt::Debug for I8042 {
 }
 
 crate::registers_only!(I8042);
+
+strake_state::saved! {
+    /// The keyboard controller, which remembers nothing.
+    pub record SavedI8042("i8042", version 1) {}
+}
+
+impl Registers for I8042 {
+    type Saved = SavedI8042;
+
+    fn registers(&self) -> SavedI8042 {
+        SavedI8042 {}
+    }
+
+    fn set_registers(&self, SavedI8042 {}: SavedI8042) -> Result<()> {
+        Ok(())
+    }
+}
 
 impl I8042 {
     /// One whose reset line ends at `events`.

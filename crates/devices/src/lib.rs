@@ -36,3 +36,6 @@ mod sync;
 pub mod testing;
 mod throttle;
 pub mod virtio;
+
+#[cfg(test)]
+mod saved_tests;

@@ -2,10 +2,12 @@
 //!
 //! ```text
 //!             start()             quiesce()
-//!  Prepared ───────────▶ Running ───────────▶ Quiesced
-//!                           ▲                    │
-//!                           └────────────────────┘
-//!                                 resume()
+//!  Prepared ───────────▶ Running ───────────▶ Quiesced ⟲ save()
+//!     │                     ▲                  ▲ │
+//!     │                     └──────────────────┼─┘
+//!     │                           resume()     │
+//!     └────────────────────────────────────────┘
+//!                        restore()
 //! ```
 //!
 //! *Prepared*: built, holds its resources, no thread of its own works for the guest.
@@ -14,6 +16,10 @@
 //! from vCPUs still get their answers, but nobody makes any, because vCPUs are paused first and
 //! resumed last.
 //!
+//! *Saved and restored*: what the guest could see or would miss goes into a record of the component's
+//! own, and a component of the same shape in another process becomes quiesced with it. The shape
+//! (sizes, features, identities) is in the record only to be compared; backends are not in it at all.
+//!
 //! No method has a default: a component that forgets one does not compile.
 
 use std::fmt;
@@ -21,6 +27,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use strake_observe::Result;
+use strake_state::{Records, Saved};
 
 use crate::observations::WrongPhase;
 
@@ -72,6 +79,33 @@ pub trait Component: Send + Sync {
     /// # Errors
     /// It cannot start again what it needs.
     fn resume(&self) -> Result<()>;
+
+    /// Adds its records, while it is quiesced. Changes nothing: it may be resumed afterwards.
+    ///
+    /// # Errors
+    /// It is not quiesced, or cannot be saved.
+    fn save(&self, records: &mut Records) -> Result<()>;
+
+    /// Prepared → quiesced, as it was when it was saved. After a failure it is of no use any more.
+    ///
+    /// # Errors
+    /// A record is missing or makes no sense, or was saved by a component of another shape.
+    fn restore(&self, records: &mut Records) -> Result<()>;
+}
+
+/// The state of a device that is nothing but registers, for [`registers_only!`](crate::registers_only!).
+pub trait Registers {
+    /// What of it is saved.
+    type Saved: Saved;
+
+    /// Its registers now.
+    fn registers(&self) -> Self::Saved;
+
+    /// Sets them, and raises again what is pending.
+    ///
+    /// # Errors
+    /// They make no sense.
+    fn set_registers(&self, saved: Self::Saved) -> Result<()>;
 }
 
 /// The phase of a component, with its transitions checked.
@@ -130,7 +164,7 @@ impl PhaseCell {
     }
 }
 
-/// [`Component`] for a device that has nothing to start or to stop: registers only, nothing in
+/// [`Component`] for a device that has nothing to start or to stop: [`Registers`] only, nothing in
 /// flight. It says so instead of inheriting it.
 #[macro_export]
 macro_rules! registers_only {
@@ -160,6 +194,24 @@ macro_rules! registers_only {
                 use $crate::lifecycle::Phase::{Quiesced, Running};
                 self.phase
                     .step(&self.name, "resume", (Quiesced, Running), || Ok(()))
+            }
+
+            fn save(&self, records: &mut strake_state::Records) -> strake_observe::Result<()> {
+                use $crate::lifecycle::Phase::Quiesced;
+                self.phase
+                    .step(&self.name, "be saved", (Quiesced, Quiesced), || {
+                        let saved = $crate::lifecycle::Registers::registers(self);
+                        records.put(&self.name, &saved)
+                    })
+            }
+
+            fn restore(&self, records: &mut strake_state::Records) -> strake_observe::Result<()> {
+                use $crate::lifecycle::Phase::{Prepared, Quiesced};
+                self.phase
+                    .step(&self.name, "be restored", (Prepared, Quiesced), || {
+                        let saved = records.take(&self.name)?;
+                        $crate::lifecycle::Registers::set_registers(self, saved)
+                    })
             }
         }
     };

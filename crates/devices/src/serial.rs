@@ -9,12 +9,15 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use strake_observe::Result;
+use strake_state::Blob;
+use strake_state::observations::Damaged;
 use vm_superio::serial::NoEvents;
-use vm_superio::{Serial as Uart, Trigger};
+use vm_superio::{Serial as Uart, SerialState, Trigger};
 
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
-use crate::lifecycle::PhaseCell;
+use crate::lifecycle::{PhaseCell, Registers};
 
 /// Input that waits for the guest to read it. What comes on top of it is refused.
 pub const INPUT_LIMIT: usize = 64 * 1024;
@@ -38,6 +41,8 @@ pub trait ConsoleInput: Send + Sync {
 pub struct Serial {
     name: String,
     phase: PhaseCell,
+    irq: Arc<dyn IrqLine>,
+    output: Arc<dyn ConsoleOutput>,
     state: Mutex<State>,
 }
 
@@ -80,6 +85,84 @@ impl io::Write for Output {
 
 crate::registers_only!(Serial);
 
+strake_state::saved! {
+    /// The registers of a 16550, and the input that the guest has not read.
+    pub record SavedSerial("serial", version 1) {
+        /// Divisor latch, low byte.
+        1 => divisor_low: u8,
+        /// Divisor latch, high byte.
+        2 => divisor_high: u8,
+        /// Interrupt enable.
+        3 => interrupt_enable: u8,
+        /// Interrupt identification.
+        4 => interrupt_identification: u8,
+        /// Line control.
+        5 => line_control: u8,
+        /// Line status.
+        6 => line_status: u8,
+        /// Modem control.
+        7 => modem_control: u8,
+        /// Modem status.
+        8 => modem_status: u8,
+        /// Scratch.
+        9 => scratch: u8,
+        /// What is in the FIFO.
+        10 => fifo: Blob,
+        /// What waits for room in it.
+        11 => input: Blob,
+    }
+}
+
+impl Registers for Serial {
+    type Saved = SavedSerial;
+
+    fn registers(&self) -> SavedSerial {
+        let state = self.lock();
+        let uart = state.uart.state();
+        SavedSerial {
+            divisor_low: uart.baud_divisor_low,
+            divisor_high: uart.baud_divisor_high,
+            interrupt_enable: uart.interrupt_enable,
+            interrupt_identification: uart.interrupt_identification,
+            line_control: uart.line_control,
+            line_status: uart.line_status,
+            modem_control: uart.modem_control,
+            modem_status: uart.modem_status,
+            scratch: uart.scratch,
+            fifo: Blob(uart.in_buffer),
+            input: Blob(state.input.iter().copied().collect()),
+        }
+    }
+
+    /// The port raises its interrupt again if one is pending.
+    fn set_registers(&self, saved: SavedSerial) -> Result<()> {
+        let uart = SerialState {
+            baud_divisor_low: saved.divisor_low,
+            baud_divisor_high: saved.divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.fifo.0,
+        };
+        let line = Line(Arc::clone(&self.irq));
+        let output = Output(Arc::clone(&self.output));
+        let uart = Uart::from_state(&uart, line, NoEvents, output).map_err(|_| {
+            strake_observe::Observation::from(Damaged {
+                record: format!("'serial' of '{}'", self.name),
+                reason: "its FIFO holds more than it can".to_owned(),
+            })
+        })?;
+        let mut state = self.lock();
+        state.uart = uart;
+        state.input = saved.input.0.into_iter().take(INPUT_LIMIT).collect();
+        Ok(())
+    }
+}
+
 impl Serial {
     /// A port that interrupts by `irq` and whose output goes to `output`.
     #[must_use]
@@ -91,6 +174,8 @@ impl Serial {
         Arc::new(Self {
             name: name.into(),
             phase: PhaseCell::default(),
+            irq: Arc::clone(&irq),
+            output: Arc::clone(&output),
             state: Mutex::new(State {
                 uart: Uart::new(Line(irq), Output(output)),
                 input: VecDeque::new(),

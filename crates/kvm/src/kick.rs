@@ -87,6 +87,13 @@ impl Kicker {
         self.lock().thread = Some(thread);
     }
 
+    /// The vCPU does not enter the guest at its next run; called by its own thread.
+    pub(crate) fn ask(&self) {
+        if let Some(flag) = self.lock().flag {
+            flag.store(1);
+        }
+    }
+
     /// Takes back what [`Kicker::kick`] set. Before the caller looks at what the kick was for.
     pub(crate) fn acknowledge(&self) {
         if let Some(flag) = self.lock().flag {

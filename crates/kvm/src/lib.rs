@@ -16,6 +16,7 @@ mod kick;
 mod msi;
 pub mod observations;
 mod registers;
+mod state;
 mod system;
 mod vcpu;
 mod vm;
@@ -24,6 +25,7 @@ pub use exit::{Exit, Failure, PortIn, PortOut};
 pub use kick::Kicker;
 pub use msi::{MSI_MAX, MsiVector};
 pub use registers::Registers;
+pub use state::{SavedMsr, SavedVcpu, SavedVm, monotonic_ns};
 pub use system::{HostCpuid, Kvm};
 pub use vcpu::Vcpu;
 pub use vm::{DoorbellWidth, LegacyIrq, Vm};
@@ -31,5 +33,7 @@ pub use vm::{DoorbellWidth, LegacyIrq, Vm};
 pub use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_sregs};
 pub use vmm_sys_util::eventfd::EventFd;
 
+#[cfg(test)]
+mod state_tests;
 #[cfg(test)]
 mod tests;

@@ -44,6 +44,18 @@ strake_observe::catalog! {
     text "vCPU {vcpu} cannot go on: {reason}";
     remedy "report it with this observation: the guest did what KVM on this host cannot emulate";
 
+    /// A part of the state of a guest cannot be read or set.
+    StateRefused("kvm.state-refused") {
+        /// Whose.
+        of: String,
+        /// What was being done.
+        step: String,
+        /// Which part.
+        what: String,
+    }
+    text "KVM does not {step} the {what} of {of}";
+    remedy "see the cause; the guest goes on in the monitor that it was in";
+
     /// There are no more interrupt vectors.
     MsiExhausted("kvm.msi-exhausted") {
         /// How many there are.

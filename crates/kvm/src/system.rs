@@ -8,6 +8,7 @@ use kvm_ioctls::Cap;
 use strake_observe::{Because, OsContext, Result};
 
 use crate::observations::{Unusable, VmFailed};
+use crate::state::Abilities;
 
 /// The only version of KVM's interface that there is.
 const API_VERSION: i32 = 12;
@@ -100,6 +101,22 @@ impl Kvm {
                 other => return other.os("KVM_CREATE_VM", "/dev/kvm"),
             }
         }
+    }
+
+    /// The model-specific registers that a guest may have.
+    pub(crate) fn msr_list(&self) -> Result<Vec<u32>> {
+        let list = self
+            .fd
+            .get_msr_index_list()
+            .os("KVM_GET_MSR_INDEX_LIST", "/dev/kvm")
+            .because_of(|| VmFailed {
+                step: "tell which model-specific registers there are".to_owned(),
+            })?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    pub(crate) fn abilities(&self) -> Abilities {
+        Abilities::of(&self.fd)
     }
 
     pub(crate) fn has_clock_control(&self) -> bool {

@@ -25,7 +25,7 @@ fn guest(code: &[u8]) -> Option<(Vm, Vcpu, GuestRam)> {
         .write_slice(code, GuestAddress(CODE))
         .unwrap();
     let vm = Vm::new(&kvm, &ram).unwrap();
-    let vcpu = vm.create_vcpu(0).unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
     vcpu.set_cpuid(&kvm.supported_cpuid().unwrap()).unwrap();
     vcpu.set_msrs([(0x1a0, 1), (0x2ff, 0xc06)]).unwrap();
     vcpu.set_reset_state().unwrap();

@@ -32,9 +32,11 @@ pub struct Vcpu {
     index: u8,
     kicker: Kicker,
     run: NonNull<kvm_run>,
-    fd: VcpuFd,
+    pub(crate) fd: VcpuFd,
+    /// What the guest sees as its CPU.
+    pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     /// The VM must not go before its vCPUs do.
-    vm: Arc<Inner>,
+    pub(crate) vm: Arc<Inner>,
 }
 
 // SAFETY: `run` points into the mapping that `fd` owns; both move together, and only the owner
@@ -61,6 +63,7 @@ impl Vcpu {
             kicker,
             run,
             fd,
+            cpuid: Vec::new(),
             vm,
         })
     }
@@ -81,13 +84,15 @@ impl Vcpu {
     ///
     /// # Errors
     /// [`VcpuFailed`].
-    pub fn set_cpuid(&self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
+    pub fn set_cpuid(&mut self, entries: &[kvm_cpuid_entry2]) -> Result<()> {
         let cpuid = CpuId::from_entries(entries)
             .map_err(|_| Observation::from(self.failed("take more CPUID entries than it knows")))?;
         self.fd
             .set_cpuid2(&cpuid)
             .os("KVM_SET_CPUID2", self.name())
-            .because_of(|| self.failed("set the CPU features"))
+            .because_of(|| self.failed("set the CPU features"))?;
+        self.cpuid = entries.to_vec();
+        Ok(())
     }
 
     /// Sets the FPU and the local APIC to what firmware leaves behind.
@@ -186,6 +191,13 @@ impl Vcpu {
     /// After [`Exit::Interrupted`], before looking at what was asked for.
     pub fn acknowledge_kick(&self) {
         self.kicker.acknowledge();
+    }
+
+    /// Makes the next [`Vcpu::run`] only finish the instruction that the last exit interrupted: it
+    /// returns [`Exit::Interrupted`] as soon as that is done, or a further exit of the same
+    /// instruction. What KVM keeps of an unfinished one is in no state that can be saved.
+    pub fn finish_exit(&self) {
+        self.kicker.ask();
     }
 
     /// Runs the guest until something is for the monitor to do.

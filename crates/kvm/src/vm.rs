@@ -1,7 +1,7 @@
 //! A VM: memory slots, interrupt chips, timer, doorbells.
 #![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION takes a host address.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::msi::{MsiVector, Routes};
 use crate::observations::VmFailed;
+use crate::state::Abilities;
 use crate::{Kvm, Vcpu};
 
 /// Three pages for KVM's task state segment on old Intel CPUs, in the hole below 4 GiB.
@@ -30,6 +31,11 @@ pub(crate) struct Inner {
     pub(crate) fd: VmFd,
     pub(crate) routes: Routes,
     pub(crate) clock_control: bool,
+    /// What KVM can tell of a vCPU.
+    pub(crate) abilities: Abilities,
+    /// The model-specific registers that there may be, and those that there are.
+    pub(crate) msr_list: Vec<u32>,
+    pub(crate) msrs: OnceLock<Vec<u32>>,
     /// The slots point into this mapping. Dropped after `fd`.
     _ram: GuestRam,
 }
@@ -78,6 +84,9 @@ impl Vm {
                 fd,
                 routes: Routes::default(),
                 clock_control: kvm.has_clock_control(),
+                abilities: kvm.abilities(),
+                msr_list: kvm.msr_list()?,
+                msrs: OnceLock::new(),
                 _ram: ram.clone(),
             }),
         })

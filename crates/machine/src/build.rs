@@ -197,7 +197,7 @@ fn create_vcpus(kvm: &Kvm, vm: &Vm, count: u8) -> Result<Vec<Vcpu>> {
     let supported = kvm.supported_cpuid()?;
     (0..count)
         .map(|index| {
-            let vcpu = vm.create_vcpu(index)?;
+            let mut vcpu = vm.create_vcpu(index)?;
             vcpu.set_cpuid(&cpuid::guest_cpuid(&supported, index, count))?;
             let registers = msr::boot_msrs();
             vcpu.set_msrs(registers.into_iter().map(|msr| (msr.index, msr.value)))?;

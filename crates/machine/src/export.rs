@@ -21,6 +21,7 @@ use strake_devices::virtio::{QUIESCE_BOUND, VhostUserServer, VirtioDevice};
 use strake_nbd::server::{Listener, Server, ServerConfig};
 use strake_nbd::{Identity, LiveExport, TlsServer};
 use strake_observe::{Because, OsContext, Result};
+use strake_state::Records;
 
 use crate::build::{blk, check_disk, open_disk};
 use crate::jobs::Jobs;
@@ -189,6 +190,17 @@ impl Component for NbdFrontEnd {
         let step = (Phase::Quiesced, Phase::Running);
         self.phase
             .step(&self.name, "resume", step, || self.launch())
+    }
+
+    /// Nothing: an NBD client that reconnects says again what it wants.
+    fn save(&self, _: &mut Records) -> Result<()> {
+        let step = (Phase::Quiesced, Phase::Quiesced);
+        self.phase.step(&self.name, "be saved", step, || Ok(()))
+    }
+
+    fn restore(&self, _: &mut Records) -> Result<()> {
+        let step = (Phase::Prepared, Phase::Quiesced);
+        self.phase.step(&self.name, "be restored", step, || Ok(()))
     }
 }
 

@@ -105,8 +105,16 @@ impl Platform {
                 ports: Arc::new(ports),
                 mmio: Arc::new(mmio),
             },
+            // The hub first: it comes to rest last, when nobody writes to it any more.
+            components: vec![
+                console.clone(),
+                pci.clone(),
+                serial,
+                power.clone(),
+                keyboard,
+                clock,
+            ],
             pci,
-            components: vec![serial, power.clone(), keyboard, clock],
             console,
             power,
         })

@@ -231,10 +231,10 @@ impl Machine {
             ["observe"] => events.push(Event::Observed(staged("observe"))),
             // The guest writes and flushes.
             ["write", at, what] => {
-                if let (Some(disk), Ok(at)) = (self.disks.first(), at.parse()) {
-                    if let Err(seen) = images::write(&*disk.image, at, what.as_bytes()) {
-                        eprintln!("{seen}");
-                    }
+                if let (Some(disk), Ok(at)) = (self.disks.first(), at.parse())
+                    && let Err(seen) = images::write(&*disk.image, at, what.as_bytes())
+                {
+                    eprintln!("{seen}");
                 }
             }
             ["poweroff-when-alone"] => self.ends_when_alone = true,

@@ -3,8 +3,11 @@
 //! Each byte has a mask of the bits that the guest may write. That mask also makes BAR sizing work
 //! as on hardware: of all ones written, a BAR keeps those above its size.
 
+use strake_observe::Result;
+use strake_state::observations::ShapeDiffers;
+
 /// Bytes of configuration space. There are no extended capabilities: beyond it, ECAM reads zero.
-const CONFIG_SIZE: usize = 256;
+pub(crate) const CONFIG_SIZE: usize = 256;
 
 /// Capability identifier of MSI-X.
 pub const MSIX_CAPABILITY: u8 = 0x11;
@@ -166,6 +169,36 @@ impl ConfigSpace {
         for (byte, value) in self.data.iter_mut().skip(offset).zip(data) {
             *byte = *value;
         }
+    }
+
+    /// All of it, as the guest would read it.
+    #[must_use]
+    pub fn bytes(&self) -> [u8; CONFIG_SIZE] {
+        self.data
+    }
+
+    /// Takes over what the guest wrote in another process. What it cannot write is what the function
+    /// is, and must be the same.
+    ///
+    /// # Errors
+    /// [`ShapeDiffers`].
+    pub fn restore(&mut self, component: &str, saved: &[u8; CONFIG_SIZE]) -> Result<()> {
+        let bytes = self.data.iter().zip(&self.writable).zip(saved);
+        let differs = bytes
+            .clone()
+            .position(|((now, mask), saved)| (now ^ saved) & !mask != 0);
+        if let Some(at) = differs {
+            let of = |bytes: &[u8; CONFIG_SIZE]| format!("{:#04x}", bytes.get(at).unwrap_or(&0));
+            return Err(ShapeDiffers {
+                component: component.to_owned(),
+                what: format!("byte {at:#x} of its PCI configuration"),
+                saved: of(saved),
+                found: of(&self.data),
+            }
+            .into());
+        }
+        self.data = *saved;
+        Ok(())
     }
 
     fn allow(&mut self, offset: usize, mask: &[u8]) {

@@ -3,9 +3,11 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use strake_observe::Result;
+
 use super::config::{BarRange, BarSize, ConfigSpace, Identity};
 use super::root::PciFunction;
-use crate::lifecycle::PhaseCell;
+use crate::lifecycle::{PhaseCell, Registers};
 
 /// The host bridge.
 #[derive(Debug)]
@@ -34,6 +36,30 @@ impl Default for HostBridge {
 }
 
 crate::registers_only!(HostBridge);
+
+strake_state::saved! {
+    /// The host bridge.
+    pub record SavedHostBridge("pci-host-bridge", version 1) {
+        /// Its configuration space.
+        1 => config: [u8; 256],
+    }
+}
+
+impl Registers for HostBridge {
+    type Saved = SavedHostBridge;
+
+    fn registers(&self) -> SavedHostBridge {
+        let config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        SavedHostBridge {
+            config: config.bytes(),
+        }
+    }
+
+    fn set_registers(&self, saved: SavedHostBridge) -> Result<()> {
+        let mut config = self.config.lock().unwrap_or_else(PoisonError::into_inner);
+        config.restore(&self.name, &saved.config)
+    }
+}
 
 impl PciFunction for HostBridge {
     fn config_read(&self, offset: usize, data: &mut [u8]) {

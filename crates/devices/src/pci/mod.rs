@@ -16,7 +16,8 @@ mod root;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use config::CONFIG_SIZE;
 pub use config::{BarRange, BarSize, BarWidth, ConfigSpace, Identity, MSIX_CAPABILITY};
-pub use host_bridge::HostBridge;
-pub use msix::{Msix, TABLE_ENTRY_SIZE};
-pub use root::{PciFunction, PciRoot, PciWindows, SLOTS};
+pub use host_bridge::{HostBridge, SavedHostBridge};
+pub use msix::{Msix, SavedVector, TABLE_ENTRY_SIZE};
+pub use root::{PciFunction, PciRoot, PciWindows, SLOTS, SavedPciRoot};

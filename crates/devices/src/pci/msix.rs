@@ -13,6 +13,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use strake_observe::{Because, Result, State, recorder};
 
+use strake_state::observations::ShapeDiffers;
+
 use crate::interrupt::{MsiBroker, MsiLine};
 use crate::observations::{DeviceUnusable, RouteRefused};
 use crate::throttle::Throttle;
@@ -22,6 +24,16 @@ pub const TABLE_ENTRY_SIZE: usize = 16;
 
 const CONTROL: usize = 12;
 const CONTROL_MASKED: u8 = 1;
+
+strake_state::saved! {
+    /// A vector of a function.
+    pub part SavedVector {
+        /// Its entry in the table.
+        1 => raw: [u8; 16],
+        /// Whether an interrupt waits for it to be unmasked.
+        2 => pending: bool,
+    }
+}
 
 /// The MSI-X state of a function.
 #[derive(Debug)]
@@ -214,6 +226,46 @@ impl Msix {
                 })
                 .fold(0, |byte, bit| byte | (1 << bit));
         }
+    }
+
+    /// What the guest and the device made of it.
+    pub(crate) fn save(&self) -> (bool, bool, Vec<SavedVector>) {
+        let table = self.lock();
+        let vectors = table.entries.iter().map(|entry| SavedVector {
+            raw: entry.raw,
+            pending: entry.pending,
+        });
+        (table.enabled, table.masked, vectors.collect())
+    }
+
+    /// Makes it what was saved: routes and masks follow, and what is pending and may go out goes out.
+    ///
+    /// # Errors
+    /// The number of vectors is another one, or the hypervisor refuses a route.
+    pub(crate) fn restore(&self, enabled: bool, masked: bool, saved: &[SavedVector]) -> Result<()> {
+        let mut table = self.lock();
+        if table.entries.len() != saved.len() {
+            return Err(ShapeDiffers {
+                component: self.device.clone(),
+                what: "interrupt vectors:".to_owned(),
+                saved: saved.len().to_string(),
+                found: table.entries.len().to_string(),
+            }
+            .into());
+        }
+        table.enabled = enabled;
+        table.masked = masked;
+        for (index, (entry, saved)) in (0..).zip(table.entries.iter_mut().zip(saved)) {
+            entry.raw = saved.raw;
+            entry.pending = saved.pending;
+            entry
+                .settle(enabled && !masked)
+                .because_of(|| RouteRefused {
+                    device: self.device.clone(),
+                    vector: index,
+                })?;
+        }
+        Ok(())
     }
 
     fn settle_one(&self, table: &mut Table, index: Option<usize>) {

@@ -7,17 +7,21 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use strake_observe::Result;
+use strake_state::Records;
 
 use super::config::{BarRange, BarSize, BarWidth};
 use super::host_bridge::HostBridge;
 use crate::bus::BusDevice;
-use crate::lifecycle::Component;
+use crate::lifecycle::{Component, Phase, PhaseCell};
 use crate::observations::SlotUnusable;
 
 /// How many slots the bus has.
 pub const SLOTS: u8 = 32;
 
 const CONFIG_ENABLE: u32 = 1 << 31;
+
+/// What of the address port is kept.
+const ADDRESS_BITS: u32 = !0x7f00_0003;
 
 /// A function of the bus (function 0 of a slot; there are no others).
 pub trait PciFunction: Component {
@@ -52,8 +56,20 @@ pub struct PciWindows {
     pub mmio64: Range<u64>,
 }
 
-/// Bus 0.
+strake_state::saved! {
+    /// The bus, without its functions.
+    pub record SavedPciRoot("pci-root", version 1) {
+        /// What was written to the address port.
+        1 => address: u32,
+    }
+}
+
+/// Bus 0. A component of its own, host bridge included; the other functions are theirs. Restored,
+/// it looks at where their BARs are when it is resumed: by then they know.
 pub struct PciRoot {
+    name: String,
+    phase: PhaseCell,
+    bridge: Arc<HostBridge>,
     functions: RwLock<BTreeMap<u8, Arc<dyn PciFunction>>>,
     /// What the guest wrote to port 0xcf8. Real hardware has one for all CPUs too; a kernel locks.
     address: AtomicU32,
@@ -80,9 +96,13 @@ impl PciRoot {
     /// A bus with its host bridge at slot 0.
     #[must_use]
     pub fn new(windows: PciWindows) -> Arc<Self> {
-        let bridge: Arc<dyn PciFunction> = Arc::new(HostBridge::default());
+        let bridge = Arc::new(HostBridge::default());
+        let function: Arc<dyn PciFunction> = bridge.clone();
         Arc::new(Self {
-            functions: RwLock::new(BTreeMap::from([(0, bridge)])),
+            name: "pci".to_owned(),
+            phase: PhaseCell::default(),
+            bridge,
+            functions: RwLock::new(BTreeMap::from([(0, function)])),
             address: AtomicU32::new(0),
             configuring: Mutex::new(()),
             decoded: RwLock::default(),
@@ -193,6 +213,24 @@ impl PciRoot {
         }
     }
 
+    /// Looks where all BARs are.
+    fn look_at_bars(&self) {
+        let _configuring = lock(&self.configuring);
+        let functions = self
+            .functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut decoded = BTreeMap::new();
+        for (slot, function) in &*functions {
+            for range in function.decoded() {
+                let function = Arc::clone(function);
+                let key = (range.base, *slot, range.index);
+                decoded.insert(key, Decoded { range, function });
+            }
+        }
+        *self.decoded.write().unwrap_or_else(PoisonError::into_inner) = decoded;
+    }
+
     fn function(&self, slot: u8) -> Option<Arc<dyn PciFunction>> {
         let functions = self
             .functions
@@ -218,6 +256,66 @@ impl PciRoot {
         (bus == 0 && function == 0)
             .then(|| u8::try_from(device).ok())
             .flatten()
+    }
+}
+
+impl Component for PciRoot {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn phase(&self) -> Phase {
+        self.phase.get()
+    }
+
+    fn start(&self) -> Result<()> {
+        self.phase.step(
+            &self.name,
+            "start",
+            (Phase::Prepared, Phase::Running),
+            || self.bridge.start(),
+        )
+    }
+
+    fn quiesce(&self) -> Result<()> {
+        self.phase.step(
+            &self.name,
+            "quiesce",
+            (Phase::Running, Phase::Quiesced),
+            || self.bridge.quiesce(),
+        )
+    }
+
+    fn resume(&self) -> Result<()> {
+        self.phase.step(
+            &self.name,
+            "resume",
+            (Phase::Quiesced, Phase::Running),
+            || {
+                self.look_at_bars();
+                self.bridge.resume()
+            },
+        )
+    }
+
+    fn save(&self, records: &mut Records) -> Result<()> {
+        let address = self.address.load(Ordering::Relaxed);
+        records.put(&self.name, &SavedPciRoot { address })?;
+        self.bridge.save(records)
+    }
+
+    fn restore(&self, records: &mut Records) -> Result<()> {
+        self.phase.step(
+            &self.name,
+            "be restored",
+            (Phase::Prepared, Phase::Quiesced),
+            || {
+                let saved: SavedPciRoot = records.take(&self.name)?;
+                self.address
+                    .store(saved.address & ADDRESS_BITS, Ordering::Relaxed);
+                self.bridge.restore(records)
+            },
+        )
     }
 }
 
@@ -262,7 +360,7 @@ impl BusDevice for ConfigPorts {
         if offset == 0 {
             // Only a write of all four bytes is the address; a kernel probes with less.
             if let Ok(address) = <[u8; 4]>::try_from(data) {
-                let address = u32::from_le_bytes(address) & !0x7f00_0003;
+                let address = u32::from_le_bytes(address) & ADDRESS_BITS;
                 self.0.address.store(address, Ordering::Relaxed);
             }
         } else if let Some((slot, register)) = self.target(offset) {

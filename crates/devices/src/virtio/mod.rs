@@ -33,11 +33,12 @@ use std::sync::Arc;
 
 use strake_memory::GuestMemory;
 use strake_observe::Result;
+use strake_state::Records;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use guest::{Buffers, HostRange, OutsideMemory, Part};
 pub use queue::{CHAIN_LIMIT, Chain, VirtQueue};
-pub use transport::{ConfigSignal, VirtioPci};
+pub use transport::{ConfigSignal, SavedQueue, SavedVirtioPci, VirtioPci};
 pub use vhost_user::VhostUserServer;
 pub use worker::{
     Fault, Poller, Progress, QUIESCE_BOUND, Ready, Work, WorkerEntry, set_worker_entry,
@@ -101,6 +102,19 @@ pub trait VirtioDevice: Send + Sync + 'static {
     /// The driver reset the device: what it changed in the configuration is undone. The workers
     /// have ended.
     fn reset(&self);
+
+    /// Adds its own record: what the guest sees of it beside the transport, and what it would miss.
+    /// The workers stand still.
+    ///
+    /// # Errors
+    /// It cannot be saved.
+    fn save(&self, records: &mut Records) -> Result<()>;
+
+    /// Makes it what was saved; before the workers are made.
+    ///
+    /// # Errors
+    /// The record is missing, or was saved by another device.
+    fn restore(&self, records: &mut Records) -> Result<()>;
 }
 
 /// What a device gets when its driver is ready.

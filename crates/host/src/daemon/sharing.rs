@@ -40,7 +40,8 @@ impl Host {
                 let Ok(theirs) = disk.image.file() else {
                     continue;
                 };
-                if same(theirs, top) && !(read_only && disk.read_only) {
+                // Under other names of the same file, locks tell.
+                if theirs == top && !(read_only && disk.read_only) {
                     return Err(in_use(top, &user));
                 }
                 if !disk.read_only

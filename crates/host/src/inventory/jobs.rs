@@ -323,13 +323,13 @@ impl Inventory {
                 "UPDATE vms SET revision = revision + 1 WHERE name = ?1",
                 [&job.vm],
             )?;
-            let both: usize = tx.query_row(
+            let both: u8 = tx.query_row(
                 "SELECT COUNT(of_vm) FROM vms WHERE name = ?1",
                 [&job.vm],
                 |row| row.get(0),
             )?;
             match moved {
-                all if all == 1 + both => Ok(()),
+                all if all == 1 + usize::from(both) => Ok(()),
                 _ => Err(corrupt(id, "its disk is not bound to its source").into()),
             }
         })

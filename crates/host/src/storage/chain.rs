@@ -214,10 +214,10 @@ fn identity(fd: &OwnedFd, path: &Path) -> Result<FileIdentity> {
 
 /// Whether what was opened by name is what was listed.
 fn is_member(fd: &OwnedFd, member: &Member) -> Result<()> {
-    let path = member.path.display();
-    let meta = File::from(fd.try_clone().os("dup", path.clone())?)
+    let path = show(&member.path);
+    let meta = File::from(fd.try_clone().os("dup", &path)?)
         .metadata()
-        .os("fstat", path)?;
+        .os("fstat", &path)?;
     let found = if meta.file_type().is_block_device() {
         (u64::MAX, meta.rdev())
     } else {

@@ -12,8 +12,8 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 use strake_api::control::{
-    Body, Event, FdIndex, LISTEN_FD, MachineConfig, PROTOCOL_VERSION, Packet, Reply, Request,
-    RunState,
+    Body, Event, FdIndex, ImageConfig, LISTEN_FD, MachineConfig, PROTOCOL_VERSION, Packet, Reply,
+    Request, RunState,
 };
 use strake_api::job::{JobId, MigrationLimits, Suspend};
 use strake_machine::control::{Connection, Received};

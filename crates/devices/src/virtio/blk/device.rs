@@ -5,6 +5,8 @@ use std::sync::{Arc, OnceLock};
 
 use strake_block::{LiveDisk, SECTOR_BYTES};
 use strake_observe::{Because, Observation, Result};
+use strake_state::Records;
+use strake_state::observations::ShapeDiffers;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
@@ -41,6 +43,18 @@ pub struct BlkConfig {
     pub serial: String,
     /// Whether the guest may not write. A disk whose image may not be written is so anyway.
     pub read_only: bool,
+}
+
+strake_state::saved! {
+    /// What the guest sees of a disk, and what it chose.
+    pub record SavedBlk("virtio-blk", version 1) {
+        /// Its size.
+        1 => sectors: u64,
+        /// Its serial number.
+        2 => serial: [u8; 20],
+        /// Whether the guest keeps the write cache on.
+        3 => writeback: bool,
+    }
 }
 
 /// A disk.
@@ -198,5 +212,39 @@ impl VirtioDevice for VirtioBlk {
 
     fn reset(&self) {
         self.writeback.store(true, Ordering::Release);
+    }
+
+    fn save(&self, records: &mut Records) -> Result<()> {
+        records.put(
+            &self.name,
+            &SavedBlk {
+                sectors: self.disk.size() / SECTOR_BYTES,
+                serial: self.serial,
+                writeback: self.writeback.load(Ordering::Acquire),
+            },
+        )
+    }
+
+    fn restore(&self, records: &mut Records) -> Result<()> {
+        let saved: SavedBlk = records.take(&self.name)?;
+        let differs = |what: &str, saved: String, found: String| -> Result<()> {
+            Err(ShapeDiffers {
+                component: self.name.clone(),
+                what: what.to_owned(),
+                saved,
+                found,
+            }
+            .into())
+        };
+        let sectors = self.disk.size() / SECTOR_BYTES;
+        if saved.sectors != sectors {
+            return differs("sectors:", saved.sectors.to_string(), sectors.to_string());
+        }
+        if saved.serial != self.serial {
+            let text = |serial: &[u8]| format!("'{}'", String::from_utf8_lossy(serial));
+            return differs("the serial number", text(&saved.serial), text(&self.serial));
+        }
+        self.writeback.store(saved.writeback, Ordering::Release);
+        Ok(())
     }
 }

@@ -12,4 +12,4 @@ mod request;
 mod tests;
 mod worker;
 
-pub use device::{BlkConfig, MAX_QUEUES, QUEUE_SIZE, SERIAL_BYTES, VirtioBlk};
+pub use device::{BlkConfig, MAX_QUEUES, QUEUE_SIZE, SERIAL_BYTES, SavedBlk, VirtioBlk};

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use strake_memory::GuestMemory;
 use strake_observe::{OsContext, Result};
+use strake_state::{Blob, Records};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::guest::as_fd;
@@ -34,6 +35,14 @@ const CHUNK: usize = 4096;
 const RX_KICK: u64 = 0;
 const TX_KICK: u64 = 1;
 const INPUT: u64 = 2;
+
+strake_state::saved! {
+    /// What was typed and not yet read.
+    pub record SavedConsole("virtio-console", version 1) {
+        /// The bytes.
+        1 => input: Blob,
+    }
+}
 
 /// A console.
 pub struct VirtioConsole {
@@ -151,6 +160,17 @@ impl VirtioDevice for VirtioConsole {
 
     fn reset(&self) {
         // It keeps nothing.
+    }
+
+    fn save(&self, records: &mut Records) -> Result<()> {
+        let input = Blob(self.input.lock().iter().copied().collect());
+        records.put(&self.name, &SavedConsole { input })
+    }
+
+    fn restore(&self, records: &mut Records) -> Result<()> {
+        let saved: SavedConsole = records.take(&self.name)?;
+        *self.input.lock() = saved.input.0.into_iter().take(INPUT_LIMIT).collect();
+        Ok(())
     }
 }
 

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use strake_observe::{Because, Result};
+use strake_state::Records;
+use strake_state::observations::ShapeDiffers;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
     VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
@@ -49,6 +51,16 @@ pub(super) struct Shared {
     pub(super) received: AtomicU64,
     pub(super) sent: AtomicU64,
     pub(super) dropped: AtomicU64,
+}
+
+strake_state::saved! {
+    /// What the guest sees of an interface.
+    pub record SavedNet("virtio-net", version 1) {
+        /// Its MAC address.
+        1 => mac: [u8; 6],
+        /// Whether the cable is out.
+        2 => down: bool,
+    }
 }
 
 /// A network interface.
@@ -212,5 +224,30 @@ impl VirtioDevice for VirtioNet {
 
     fn reset(&self) {
         // Nobody receives now; the next driver says anew what it can take.
+    }
+
+    fn save(&self, records: &mut Records) -> Result<()> {
+        records.put(
+            &self.name,
+            &SavedNet {
+                mac: self.mac,
+                down: self.shared.down.load(Ordering::Acquire),
+            },
+        )
+    }
+
+    fn restore(&self, records: &mut Records) -> Result<()> {
+        let saved: SavedNet = records.take(&self.name)?;
+        if saved.mac != self.mac {
+            return Err(ShapeDiffers {
+                component: self.name.clone(),
+                what: "the MAC address".to_owned(),
+                saved: format!("{:02x?}", saved.mac),
+                found: format!("{:02x?}", self.mac),
+            }
+            .into());
+        }
+        self.shared.down.store(saved.down, Ordering::Release);
+        Ok(())
     }
 }

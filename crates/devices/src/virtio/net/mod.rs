@@ -13,7 +13,7 @@ mod tests;
 mod tx;
 mod worker;
 
-pub use device::{Link, NetCounters, QUEUE_SIZE, VirtioNet};
+pub use device::{Link, NetCounters, QUEUE_SIZE, SavedNet, VirtioNet};
 pub use tap::{NetBackend, Offloads, Tap};
 
 /// The header in front of each packet, here and at the tap.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use rustix::rand::{GetRandomFlags, getrandom};
 use strake_memory::GuestMemory;
 use strake_observe::Result;
+use strake_state::Records;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::guest::as_fd;
@@ -24,6 +25,11 @@ pub const ANSWER_LIMIT: usize = 4096;
 
 const BATCH: usize = 16;
 const KICK: u64 = 0;
+
+strake_state::saved! {
+    /// An entropy source, which remembers nothing.
+    pub record SavedRng("virtio-rng", version 1) {}
+}
 
 /// An entropy source.
 #[derive(Debug)]
@@ -88,6 +94,14 @@ impl VirtioDevice for VirtioRng {
 
     fn reset(&self) {
         // It keeps nothing.
+    }
+
+    fn save(&self, records: &mut Records) -> Result<()> {
+        records.put(&self.name, &SavedRng {})
+    }
+
+    fn restore(&self, records: &mut Records) -> Result<()> {
+        records.take(&self.name).map(|SavedRng {}| ())
     }
 }
 

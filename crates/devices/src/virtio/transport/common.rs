@@ -13,6 +13,7 @@
 //! standard does not let it (queues of a running device, features after `FEATURES_OK`) is dropped.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use strake_observe::{Observation, Result, State, recorder};
@@ -29,19 +30,19 @@ use crate::virtio::{
 };
 
 // Bits of the status, in the standard's section 2.1.
-const DRIVER_OK: u8 = 4;
+pub(super) const DRIVER_OK: u8 = 4;
 const FEATURES_OK: u8 = 8;
 const NEEDS_RESET: u8 = 64;
 const FAILED: u8 = 128;
 
 /// What the driver has set up, and who works for it.
 pub(super) struct Driver {
-    status: u8,
-    offered_select: u32,
-    accepted_select: u32,
-    accepted: u64,
-    queue_select: u16,
-    queues: Vec<QueueSetup>,
+    pub(super) status: u8,
+    pub(super) offered_select: u32,
+    pub(super) accepted_select: u32,
+    pub(super) accepted: u64,
+    pub(super) queue_select: u16,
+    pub(super) queues: Vec<QueueSetup>,
     crew: Crew,
 }
 
@@ -58,13 +59,22 @@ enum Crew {
 }
 
 #[derive(Clone)]
-struct QueueSetup {
-    limit: u16,
-    size: u16,
-    enabled: bool,
-    descriptors: u64,
-    driver: u64,
-    device: u64,
+pub(super) struct QueueSetup {
+    pub(super) limit: u16,
+    pub(super) size: u16,
+    pub(super) enabled: bool,
+    pub(super) descriptors: u64,
+    pub(super) driver: u64,
+    pub(super) device: u64,
+}
+
+/// Where a queue goes on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    /// At its begin: the driver has just made it.
+    Begin,
+    /// Where its used ring ends: with nothing in flight, what was taken is what was given back.
+    UsedRing,
 }
 
 impl QueueSetup {
@@ -170,8 +180,11 @@ fn report(seen: Vec<Observation>) {
 }
 
 impl<D: VirtioDevice> VirtioPci<D> {
-    fn offered(&self) -> u64 {
-        self.device.features() | VERSION_1 | INDIRECT_DESC | EVENT_IDX
+    /// What the device offers. A driver that came from another process is offered what it was
+    /// offered there.
+    pub(super) fn offered(&self) -> u64 {
+        let all = self.device.features() | VERSION_1 | INDIRECT_DESC | EVENT_IDX;
+        all & self.offers.load(Ordering::Relaxed)
     }
 
     pub(super) fn read_common(&self, offset: u64, data: &mut [u8]) {
@@ -286,7 +299,8 @@ impl<D: VirtioDevice> VirtioPci<D> {
         driver.status |= added;
         if added & DRIVER_OK != 0 {
             self.interrupter.set_driver_ready();
-            if let Err(fault) = self.activate(driver) {
+            let standing = self.phase.get() == Phase::Quiesced;
+            if let Err(fault) = self.activate(driver, From::Begin, standing) {
                 self.interrupter.fault(fault);
             }
         }
@@ -300,12 +314,17 @@ impl<D: VirtioDevice> VirtioPci<D> {
     }
 
     /// Hands the queues to the device's workers and starts them.
-    fn activate(&self, driver: &mut Driver) -> Result<(), Fault> {
+    pub(super) fn activate(
+        &self,
+        driver: &mut Driver,
+        from: From,
+        standing: bool,
+    ) -> Result<(), Fault> {
         let memory = self.memory();
         let mut queues = Vec::new();
         for (index, setup) in (0..).zip(&driver.queues) {
             queues.push(if setup.enabled {
-                Some(self.active_queue(index, setup, driver.accepted, &memory)?)
+                Some(self.active_queue(index, setup, driver.accepted, &memory, from)?)
             } else {
                 None
             });
@@ -318,7 +337,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
                 queues,
             })
             .map_err(|cause| Fault::backend(0, cause))?;
-        driver.crew = if self.phase.get() == Phase::Quiesced {
+        driver.crew = if standing {
             Crew::Standing(works)
         } else {
             let workers = Workers::spawn(self.device.name(), works, &self.interrupter);
@@ -333,6 +352,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
         setup: &QueueSetup,
         features: u64,
         memory: &Arc<strake_memory::GuestMemory>,
+        from: From,
     ) -> Result<ActiveQueue, Fault> {
         let mut rings = setup
             .rings()
@@ -341,6 +361,13 @@ impl<D: VirtioDevice> VirtioPci<D> {
             return Err(Fault::ring(index, "its rings are not in guest RAM"));
         }
         rings.set_event_idx(features & EVENT_IDX != 0);
+        if from == From::UsedRing {
+            let used = rings
+                .used_idx(&**memory, Ordering::Acquire)
+                .map_err(|error| Fault::ring(index, error.to_string()))?;
+            rings.set_next_avail(used.0);
+            rings.set_next_used(used.0);
+        }
         let kick = self
             .kicks
             .get(usize::from(index))
@@ -369,7 +396,7 @@ impl<D: VirtioDevice> VirtioPci<D> {
     }
 
     /// Completes a reset whose workers have ended.
-    fn settle_reset(&self, driver: &mut Driver) {
+    pub(super) fn settle_reset(&self, driver: &mut Driver) {
         match std::mem::replace(&mut driver.crew, Crew::None) {
             Crew::Resetting(workers) if workers.wait(Duration::ZERO) => {
                 report(workers.join().1);

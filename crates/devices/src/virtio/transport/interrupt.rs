@@ -201,6 +201,24 @@ impl Interrupter {
         if vector < vectors { vector } else { NO_VECTOR }
     }
 
+    /// ISR, generation, whether a reset is needed, whether the driver is ready.
+    pub(super) fn saved(&self) -> (u8, u8, bool, bool) {
+        (
+            self.0.isr.load(Ordering::Acquire),
+            self.generation(),
+            self.needs_reset(),
+            self.0.driver_ready.load(Ordering::Acquire),
+        )
+    }
+
+    /// Undoes [`saved`](Self::saved) in another process. The vectors are set like a driver would.
+    pub(super) fn restore(&self, (isr, generation, needs_reset, ready): (u8, u8, bool, bool)) {
+        self.0.isr.store(isr, Ordering::Release);
+        self.0.generation.store(generation, Ordering::Release);
+        self.0.needs_reset.store(needs_reset, Ordering::Release);
+        self.0.driver_ready.store(ready, Ordering::Release);
+    }
+
     /// The device is as new. The generation goes on, so that nobody takes old for new.
     pub(super) fn reset(&self) {
         self.0.driver_ready.store(false, Ordering::Release);

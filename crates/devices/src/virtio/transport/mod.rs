@@ -23,21 +23,25 @@
 
 mod common;
 mod interrupt;
+mod saved;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use strake_memory::Ram;
 use strake_observe::{Because, Observation, OsContext, Result, State, recorder};
+use strake_state::Records;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::common::Driver;
 pub use self::interrupt::ConfigSignal;
 pub(crate) use self::interrupt::Interrupter;
+pub use self::saved::{SavedQueue, SavedVirtioPci};
 use super::VirtioDevice;
 use super::worker::{Fault, QUIESCE_BOUND};
 use crate::interrupt::{Doorbells, MsiBroker};
@@ -94,6 +98,11 @@ pub struct VirtioPci<D> {
     doorbells: Arc<dyn Doorbells>,
     space: Mutex<Space>,
     driver: Mutex<Driver>,
+    /// It came from another process and has not run here yet: it interrupts its driver once, for what
+    /// may have been on its way.
+    arrived: AtomicBool,
+    /// Which features are offered, of those that the device has.
+    offers: AtomicU64,
 }
 
 struct Space {
@@ -152,6 +161,8 @@ impl<D: VirtioDevice> VirtioPci<D> {
             interrupter,
             msix,
             doorbells,
+            arrived: AtomicBool::new(false),
+            offers: AtomicU64::new(u64::MAX),
         }))
     }
 
@@ -445,12 +456,41 @@ impl<D: VirtioDevice> Component for VirtioPci<D> {
             "resume",
             (Phase::Quiesced, Phase::Running),
             || {
+                let arrived = self.arrived.swap(false, Ordering::Relaxed);
                 let resumed = self.driver().go_on(self.device.name(), &self.interrupter);
+                if arrived {
+                    self.interrupt_all();
+                }
                 if let Err(cause) = &resumed {
                     // The works are gone with the failure: the driver may start over.
                     self.interrupter.fault(Fault::backend(0, cause.clone()));
                 }
                 resumed
+            },
+        )
+    }
+
+    fn save(&self, records: &mut Records) -> Result<()> {
+        self.phase.step(
+            self.device.name(),
+            "be saved",
+            (Phase::Quiesced, Phase::Quiesced),
+            || {
+                records.put(self.device.name(), &self.to_saved())?;
+                self.device.save(records)
+            },
+        )
+    }
+
+    fn restore(&self, records: &mut Records) -> Result<()> {
+        self.phase.step(
+            self.device.name(),
+            "be restored",
+            (Phase::Prepared, Phase::Quiesced),
+            || {
+                let saved = records.take(self.device.name())?;
+                self.device.restore(records)?;
+                self.become_saved(saved)
             },
         )
     }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use strake_observe::{Because, Observation, OsContext, Result, State, recorder};
+use strake_state::Records;
 use vhost::vhost_user::{BackendReqHandler, Error};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -176,6 +177,17 @@ impl Component for VhostUserServer {
         let step = (Phase::Quiesced, Phase::Running);
         self.phase
             .step(&self.name, "resume", step, || self.launch())
+    }
+
+    /// Nothing: what the guest sees is its front-end's, which says it again to the next server.
+    fn save(&self, _: &mut Records) -> Result<()> {
+        let step = (Phase::Quiesced, Phase::Quiesced);
+        self.phase.step(&self.name, "be saved", step, || Ok(()))
+    }
+
+    fn restore(&self, _: &mut Records) -> Result<()> {
+        let step = (Phase::Prepared, Phase::Quiesced);
+        self.phase.step(&self.name, "be restored", step, || Ok(()))
     }
 }
 
