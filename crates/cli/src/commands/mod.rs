@@ -6,6 +6,7 @@ mod create;
 mod datastore;
 mod disk;
 mod doctor;
+mod export;
 mod jobs;
 mod logs;
 mod man;
@@ -75,6 +76,7 @@ commands! {
     Logs(logs, Own),
     Datastore(datastore, Said),
     Disk(disk, Own),
+    Export(export, Said),
     Jobs(jobs, Own),
     Observations(observations, Plain),
     Completion(completion, Plain),
