@@ -230,6 +230,7 @@ mod tests {
             pause_ms: Some(0.1),
             elapsed_ms: u64::MAX,
             method: None,
+            overlay: None,
             failure: None,
         };
         let mut all: Vec<_> = (0..500).map(|n| job(n, Phase::Completed)).collect();

@@ -69,6 +69,7 @@ impl Machine {
                 pause_ms: None,
                 elapsed_ms: 1,
                 method: None,
+                overlay: None,
                 failure: None,
             },
             destination: Some(destination),

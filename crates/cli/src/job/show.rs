@@ -178,6 +178,7 @@ mod tests {
                 pause_ms: None,
                 elapsed_ms: 1500,
                 method: None,
+                overlay: None,
                 failure: None,
             },
         }

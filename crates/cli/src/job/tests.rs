@@ -24,6 +24,7 @@ fn at(elapsed_ms: u64, read_bytes: u64) -> Job {
             pause_ms: None,
             elapsed_ms,
             method: None,
+            overlay: None,
             failure: None,
         },
     }

@@ -479,6 +479,7 @@ pub(crate) fn job(phase: Phase) -> Job {
             pause_ms: (phase == Phase::Completed).then_some(38.25),
             elapsed_ms: 1500,
             method: None,
+            overlay: None,
             failure: (phase == Phase::Failed).then(observation),
         },
     }
