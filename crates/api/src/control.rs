@@ -17,7 +17,7 @@ use strake_observe::Observation;
 pub use crate::image::{ImageConfig, ImageFormat, LayerAccess, LayerConfig};
 pub use crate::spec::ConsoleKind;
 
-use crate::job::{JobId, MigrationLimits, MigrationStatus};
+use crate::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus};
 
 /// The version of this protocol. A monitor refuses another one by name.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -118,6 +118,24 @@ pub enum Request {
     CancelJob {
         /// Which.
         job: JobId,
+    },
+    /// Lets a job rest: it copies nothing and does not switch over until [`Request::ResumeJob`], and
+    /// what the guest writes meanwhile is only marked. Refused once the daemon was asked to commit.
+    PauseJob {
+        /// Which.
+        job: JobId,
+    },
+    /// Lets a paused job go on.
+    ResumeJob {
+        /// Which.
+        job: JobId,
+    },
+    /// Changes a job's limits while it runs.
+    SetJob {
+        /// Which.
+        job: JobId,
+        /// What changes.
+        change: LimitsChange,
     },
     /// The answer to [`Event::JobAwaitsCommit`]: what the inventory's transaction decided.
     JobDecision {

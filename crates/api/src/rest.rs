@@ -20,6 +20,9 @@
 //! | `GET /v1/exports/{name}` | [`Export`] |
 //! | `POST /v1/exports/{name}/start` | [`Export`] |
 //! | `DELETE /v1/exports/{name}` | – |
+//! | `POST /v1/jobs/{id}/pause` | [`Job`] |
+//! | `POST /v1/jobs/{id}/resume` | [`Job`] |
+//! | `POST /v1/jobs/{id}/set` with [`LimitsChange`](crate::job::LimitsChange) | [`Job`] |
 //! | `GET /v1/datastores` | list of [`Datastore`] |
 //! | `POST /v1/datastores` with [`AddDatastore`] | [`Datastore`] |
 //! | `DELETE /v1/datastores/{name}` | – |
@@ -196,6 +199,9 @@ pub struct Job {
     pub format: ImageFormat,
     /// The destination's datastore.
     pub to: String,
+    /// Its limits as they are now.
+    #[serde(default)]
+    pub limits: MigrationLimits,
     /// Progress.
     pub status: MigrationStatus,
 }

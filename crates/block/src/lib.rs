@@ -36,7 +36,7 @@ pub use event::Event;
 pub use fault::{Fault, FaultImage, FaultOn};
 pub use image::{Access, Completion, Image, ImageQueue, SECTOR_BYTES};
 pub use live::{DiskQueue, LiveDisk, Observer};
-pub use migration::{Delta, Has, Migration, Overlay, SwitchHooks, journal};
+pub use migration::{Delta, Has, Keep, Migration, Overlay, SwitchHooks, journal};
 pub use observations::*;
 pub use raw::RawImage;
 pub use request::{Buffer, Operation, Request};

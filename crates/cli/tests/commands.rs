@@ -39,7 +39,16 @@ fn granting() -> FakeDaemon {
         "DELETE /v1/datastores/fast" => Answer::Json(204, json!(null)),
         "GET /v1/jobs" => ok([job(Phase::Copying), job(Phase::Failed)]),
         "GET /v1/jobs/j1" => ok(job(Phase::Failed)),
-        "POST /v1/jobs/j1/cancel" => ok(job(Phase::Copying)),
+        "POST /v1/jobs/j1/cancel" | "POST /v1/jobs/j1/pause" | "POST /v1/jobs/j1/resume" => {
+            ok(job(Phase::Copying))
+        }
+        "POST /v1/jobs/j1/set" => {
+            let change: strake_api::job::LimitsChange =
+                serde_json::from_value(asked.body.clone()).unwrap();
+            let mut job = job(Phase::Copying);
+            change.apply(&mut job.limits);
+            ok(job)
+        }
         "GET /v1/observations?since=7" => ok([
             Recorded {
                 seq: 8,
@@ -201,6 +210,28 @@ fn jobs() {
         "{}",
         done.out
     );
+    let done = daemon.run(&["jobs", "pause", "j1"]).ok();
+    assert_eq!(done.out, "job j1 rests\n");
+    let done = daemon.run(&["jobs", "resume", "j1"]).ok();
+    assert_eq!(done.out, "job j1 goes on\n");
+    let set = [
+        "jobs",
+        "set",
+        "j1",
+        "--rate",
+        "50M",
+        "--latency-ms",
+        "2.5",
+        "--pause-ms",
+        "9",
+    ];
+    let done = daemon.run(&set).ok();
+    assert_eq!(
+        done.out,
+        "job j1: pause 9 ms, 50.0 MiB/s, guest latency 2.500 ms\n"
+    );
+    let done = daemon.run(&["jobs", "set", "j1"]);
+    assert_eq!(done.code, Some(2), "{}", done.err);
     let done = daemon.run(&["jobs", "show", "no/such"]);
     assert_eq!(done.code, Some(1));
     assert_eq!(daemon.lines().last().unwrap(), "GET /v1/jobs/no%2Fsuch");

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use strake_api::control::{DiskStatus, Event, RunState, VmStatus};
-use strake_api::job::{JobId, MigrationStatus};
+use strake_api::job::{JobId, LimitsChange, MigrationStatus};
 use strake_block::LiveDisk;
 use strake_devices::acpi_pm::AcpiPm;
 use strake_devices::console_hub::ConsoleHub;
@@ -227,6 +227,30 @@ impl Machine {
     /// There is no such job, or the daemon was asked to commit it.
     pub fn cancel_job(&self, job: &JobId) -> Result<()> {
         self.jobs.cancel(job)
+    }
+
+    /// Lets a job rest.
+    ///
+    /// # Errors
+    /// There is no such job, or the daemon was asked to commit it.
+    pub fn pause_job(&self, job: &JobId) -> Result<()> {
+        self.jobs.pause(job)
+    }
+
+    /// Lets a paused job go on.
+    ///
+    /// # Errors
+    /// There is no such job.
+    pub fn resume_job(&self, job: &JobId) -> Result<()> {
+        self.jobs.resume(job)
+    }
+
+    /// Changes a job's limits.
+    ///
+    /// # Errors
+    /// There is no such job.
+    pub fn set_job(&self, job: &JobId, change: &LimitsChange) -> Result<()> {
+        self.jobs.set(job, change)
     }
 
     /// What the daemon decided about a job that awaits its commit.

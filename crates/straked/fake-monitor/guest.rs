@@ -7,8 +7,10 @@ use std::process::{abort, exit};
 use std::sync::Arc;
 
 use strake_api::control::{
-    DiskCounters, DiskStatus, Event, ExitReason, MachineConfig, Reply, Request, RunState, VmStatus,
+    DiskConfig, DiskCounters, DiskStatus, Event, ExitReason, ExportConfig, MachineConfig, Reply,
+    Request, RunState, VmStatus,
 };
+use strake_api::job::Progress;
 
 use strake_block::Image;
 
@@ -52,8 +54,19 @@ impl Machine {
     pub(crate) fn new(config: &MachineConfig, cmdline: String, fds: Vec<OwnedFd>) -> Self {
         let mut fds = Fds::new(fds);
         let log = fds.take(config.console_log).unwrap_or_else(|| exit(4));
-        let disks = config
-            .disks
+        Self::over(&config.vm, &config.disks, File::from(log), cmdline, fds)
+    }
+
+    /// An export: it listens at nothing, but holds what it was given.
+    pub(crate) fn export(config: &ExportConfig, fds: Vec<OwnedFd>) -> Self {
+        let log = File::options().write(true).open("/dev/null");
+        let log = log.unwrap_or_else(|_| exit(4));
+        let disks = std::slice::from_ref(&config.disk);
+        Self::over(&config.export, disks, log, String::new(), Fds::new(fds))
+    }
+
+    fn over(name: &str, disks: &[DiskConfig], log: File, cmdline: String, mut fds: Fds) -> Self {
+        let disks = disks
             .iter()
             .map(|disk| {
                 let image = images::open(&disk.image, disk.read_only, &mut fds);
@@ -69,14 +82,14 @@ impl Machine {
             })
             .collect();
         Self {
-            name: config.vm.clone(),
+            name: name.to_owned(),
             cmdline,
             disks,
             consoles: Vec::new(),
             jobs: Vec::new(),
             ends_when_alone: false,
             accepts: Late::No,
-            log: File::from(log),
+            log,
             state: RunState::Built,
             _others: fds.rest(),
         }
@@ -169,10 +182,15 @@ impl Machine {
                 None => Reply::Failed(staged("no such job")),
             },
             Request::CancelJob { job } => self.cancel(&job, &mut events),
+            Request::PauseJob { job } => self.paused(&job, Progress::Paused),
+            Request::ResumeJob { job } => self.paused(&job, Progress::On),
+            Request::SetJob { job, change } => self.set(&job, &change),
             Request::JobDecision { job, committed } => self.decided(&job, committed, &mut events),
-            Request::Hello { .. } | Request::Configure(_) | Request::Stop | Request::Dismiss => {
-                Reply::Done
-            }
+            Request::Hello { .. }
+            | Request::Configure(_)
+            | Request::ConfigureExport(_)
+            | Request::Stop
+            | Request::Dismiss => Reply::Done,
         };
         (Some(reply), events)
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use strake_api::job::JobId;
+use strake_api::job::{JobId, LimitsChange};
 use strake_api::rest::{
     AddDatastore, CreateExport, CreateVm, Datastore, Export, HostInfo, Job, MigrateDisk, StopVm, Vm,
 };
@@ -189,6 +189,33 @@ impl Client {
     pub async fn cancel(&self, id: &JobId) -> Result<Job> {
         let path = format!("/v1/jobs/{}/cancel", segment(&id.0));
         self.post(&path, &serde_json::json!({}), PATIENCE).await
+    }
+
+    /// Lets a job rest.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn pause(&self, id: &JobId) -> Result<Job> {
+        let path = format!("/v1/jobs/{}/pause", segment(&id.0));
+        self.post(&path, &serde_json::json!({}), PATIENCE).await
+    }
+
+    /// Lets a paused job go on.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn resume(&self, id: &JobId) -> Result<Job> {
+        let path = format!("/v1/jobs/{}/resume", segment(&id.0));
+        self.post(&path, &serde_json::json!({}), PATIENCE).await
+    }
+
+    /// Changes a job's limits.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn set_job(&self, id: &JobId, change: &LimitsChange) -> Result<Job> {
+        let path = format!("/v1/jobs/{}/set", segment(&id.0));
+        self.post(&path, change, PATIENCE).await
     }
 
     /// Every datastore.

@@ -8,6 +8,7 @@ mod disk;
 mod doctor;
 mod export;
 mod jobs;
+mod limits;
 mod logs;
 mod man;
 mod observations;

@@ -12,7 +12,7 @@
 //! `aborted`: it was decided that the binding stays; the destination must be removed.
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase};
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus};
 use strake_observe::{Observation, Result};
 
 use super::vms::{binding, users_of_image};
@@ -218,20 +218,7 @@ impl Inventory {
                 })
                 .into());
             }
-            let status = |id: JobId| MigrationStatus {
-                job: id,
-                disk: new.disk.clone(),
-                phase: Phase::Preparing,
-                size_bytes: new.size,
-                passes: Vec::<PassReport>::new(),
-                throughput: 0,
-                expected_pause_ms: None,
-                pause_ms: None,
-                elapsed_ms: 0,
-                method: None,
-                overlay: None,
-                failure: None,
-            };
+            let status = |id: JobId| MigrationStatus::new(id, new.disk.clone(), new.size);
             tx.execute(
                 "INSERT INTO jobs (vm, disk, source, destination, datastore, limits,
                      remove_source, source_file, source_format, destination_format, state, status)
@@ -276,6 +263,21 @@ impl Inventory {
             tx.execute(
                 "UPDATE jobs SET destination_file = ?2, journal_file = ?3 WHERE seq = ?1",
                 params![number(id), destination, journal],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Notes that the limits of a job have changed.
+    ///
+    /// # Errors
+    /// The inventory cannot be written.
+    pub fn limit_job(&self, id: &JobId, limits: &MigrationLimits) -> Result<()> {
+        let limits = to_json("a job's limits", limits)?;
+        self.write("record a job's limits", |tx| {
+            tx.execute(
+                "UPDATE jobs SET limits = ?2 WHERE seq = ?1 AND state <> 'ended'",
+                params![number(id), limits],
             )?;
             Ok(())
         })

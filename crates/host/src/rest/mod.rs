@@ -17,7 +17,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use strake_api::job::JobId;
+use strake_api::job::{JobId, LimitsChange};
 use strake_api::rest::{AddDatastore, CreateExport, CreateVm, MigrateDisk, StopVm};
 use strake_observe::{Observation, Result};
 
@@ -43,6 +43,9 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
         .route("/v1/jobs", get(jobs))
         .route("/v1/jobs/{id}", get(job))
         .route("/v1/jobs/{id}/cancel", post(cancel))
+        .route("/v1/jobs/{id}/pause", post(pause_job))
+        .route("/v1/jobs/{id}/resume", post(resume_job))
+        .route("/v1/jobs/{id}/set", post(set_job))
         .route("/v1/exports", get(exports).post(create_export))
         .route("/v1/exports/{name}", get(export).delete(remove_export))
         .route("/v1/exports/{name}/start", post(start_export))
@@ -154,6 +157,25 @@ async fn job(State(host): Shared, Path(id): Path<String>) -> Answer {
 async fn cancel(State(host): Shared, Path(id): Path<String>) -> Answer {
     answer(host, StatusCode::OK, move |host| {
         host.cancel_job(&JobId(id))
+    })
+    .await
+}
+
+async fn pause_job(State(host): Shared, Path(id): Path<String>) -> Answer {
+    answer(host, StatusCode::OK, move |host| host.pause_job(&JobId(id))).await
+}
+
+async fn resume_job(State(host): Shared, Path(id): Path<String>) -> Answer {
+    answer(host, StatusCode::OK, move |host| {
+        host.resume_job(&JobId(id))
+    })
+    .await
+}
+
+async fn set_job(State(host): Shared, Path(id): Path<String>, bytes: Bytes) -> Answer {
+    let change: LimitsChange = body(&bytes)?;
+    answer(host, StatusCode::OK, move |host| {
+        host.set_job(&JobId(id), &change)
     })
     .await
 }

@@ -78,6 +78,11 @@ impl Server {
                 return Ok(Reply::Job(self.any("tell about a job")?.job_status(&job)?));
             }
             Request::CancelJob { job } => self.any("cancel a job")?.cancel_job(&job)?,
+            Request::PauseJob { job } => self.any("pause a job")?.pause_job(&job)?,
+            Request::ResumeJob { job } => self.any("resume a job")?.resume_job(&job)?,
+            Request::SetJob { job, change } => {
+                self.any("change a job's limits")?.set_job(&job, &change)?;
+            }
             Request::JobDecision { job, committed } => {
                 self.any("decide a job")?.decide_job(&job, committed)?;
             }
