@@ -286,6 +286,9 @@ pub struct MachineConfig {
     pub console: ConsoleKind,
     /// The file that the output of both consoles is appended to.
     pub console_log: FdIndex,
+    /// An empty file that outlives the monitor, for its last observations.
+    #[serde(default)]
+    pub observations: Option<FdIndex>,
 }
 
 /// Everything a monitor needs to build an export: a disk with front-ends instead of a guest. As in
@@ -298,6 +301,9 @@ pub struct ExportConfig {
     pub disk: DiskConfig,
     /// By what other programs use it; at least one.
     pub front_ends: Vec<FrontEndConfig>,
+    /// An empty file that outlives the monitor, for its last observations.
+    #[serde(default)]
+    pub observations: Option<FdIndex>,
 }
 
 /// A way by which other programs use a disk.

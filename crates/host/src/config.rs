@@ -46,6 +46,12 @@ impl HostConfig {
         self.vm_run(vm).join("monitor.log")
     }
 
+    /// What the monitor saw last, for when it cannot tell any more.
+    #[must_use]
+    pub fn monitor_observations(&self, vm: &str) -> PathBuf {
+        self.vm_run(vm).join("observations")
+    }
+
     /// The monitor's control socket.
     #[must_use]
     pub fn control_socket(&self, vm: &str) -> PathBuf {

@@ -56,6 +56,12 @@ impl Machine {
             vm: config.vm.clone(),
             step: step.to_owned(),
         };
+        // First, so that what goes wrong below is in it.
+        if let Some(file) = config.observations {
+            let file = fds.take(file, "the file for observations");
+            let file = file.because_of(|| failed("keeping observations"))?;
+            strake_observe::recorder().outlive(strake_observe::Ring::new(File::from(file)));
+        }
 
         let kvm = fds.take(config.kvm, "/dev/kvm").and_then(Kvm::from_fd);
         let kvm = kvm.because_of(|| failed("opening KVM"))?;

@@ -48,6 +48,11 @@ impl Machine {
             vm: config.export.clone(),
             step: step.to_owned(),
         };
+        if let Some(file) = config.observations {
+            let file = fds.take(file, "the file for observations");
+            let file = file.because_of(|| failed("keeping observations"))?;
+            strake_observe::recorder().outlive(strake_observe::Ring::new(File::from(file)));
+        }
         let disk =
             open_disk(&config.disk, fds, mailbox).because_of(|| failed("opening its disk"))?;
         let mut components: Vec<Arc<dyn Component>> = Vec::new();

@@ -13,6 +13,7 @@ use strake_api::control::{
 use strake_api::job::Progress;
 
 use strake_block::Image;
+use strake_observe::{Ring, State, recorder};
 
 use crate::images::{self, Fds};
 use crate::jobs::{Job, Order};
@@ -54,6 +55,9 @@ impl Machine {
     pub(crate) fn new(config: &MachineConfig, cmdline: String, fds: Vec<OwnedFd>) -> Self {
         let mut fds = Fds::new(fds);
         let log = fds.take(config.console_log).unwrap_or_else(|| exit(4));
+        if let Some(file) = config.observations.and_then(|index| fds.take(index)) {
+            recorder().outlive(Ring::new(File::from(file)));
+        }
         Self::over(&config.vm, &config.disks, File::from(log), cmdline, fds)
     }
 
@@ -242,6 +246,12 @@ impl Machine {
             ["crash"] => {
                 eprintln!("crashes because a test says so");
                 abort();
+            }
+            // Seen, and killed before it could be told.
+            ["see-and-die"] => {
+                recorder().record(staged("seen in the last moment"), State::Open);
+                let us = rustix::process::getpid();
+                let _ = rustix::process::kill_process(us, rustix::process::Signal::KILL);
             }
             ["poweroff"] => events.push(exited(ExitReason::GuestPowerOff)),
             ["reset"] => events.push(exited(ExitReason::GuestReset)),

@@ -21,7 +21,7 @@ use strake_api::spec::{DiskSpec, MAX_NAME, check_name};
 use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::create::remove_directory;
-use super::launch::Launch;
+use super::launch::{Launch, open_observations};
 use super::live::state_name;
 use super::{Host, guard, private, task};
 use crate::inventory::{DiskRecord, VmRecord, Workload};
@@ -243,11 +243,15 @@ impl Host {
             }));
         }
         private(&self.config.vm_state(&record.name))?;
+        private(&self.config.vm_run(&record.name))?;
+        let observations = open_observations(&self.config.monitor_observations(&record.name))?;
+        let observations = Some(fds.add(observations)?);
         Ok(Launch {
             configure: Request::ConfigureExport(Box::new(ExportConfig {
                 export: record.name.clone(),
                 disk: config,
                 front_ends,
+                observations,
             })),
             files: vec![(disk.name.clone(), file)],
             fds,

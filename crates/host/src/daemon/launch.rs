@@ -24,6 +24,7 @@ use crate::net;
 use crate::observations::{InventoryCorrupt, KvmUnavailable};
 use crate::storage::chain;
 use crate::storage::image::Mode;
+use crate::storage::store::remove_file;
 
 /// A machine's description and the descriptors that it names.
 #[derive(Debug)]
@@ -85,6 +86,9 @@ impl Host {
         };
         private(&self.config.vm_state(&vm.name))?;
         let console_log = fds.add(open_console_log(&self.config.console_log(&vm.name))?)?;
+        private(&self.config.vm_run(&vm.name))?;
+        let observations = open_observations(&self.config.monitor_observations(&vm.name))?;
+        let observations = Some(fds.add(observations)?);
         Ok(Launch {
             configure: Request::Configure(Box::new(MachineConfig {
                 vm: vm.name.clone(),
@@ -96,6 +100,7 @@ impl Host {
                 nics,
                 console: spec.console,
                 console_log,
+                observations,
             })),
             files,
             fds,
@@ -206,6 +211,18 @@ pub(super) fn open_boot_file(what: &str, path: &str) -> Result<File> {
             .because_of(|| boot_file_refused(what, path));
     }
     Ok(file)
+}
+
+/// A new file: the one before may still be a monitor's that is about to end.
+pub(super) fn open_observations(path: &Path) -> Result<File> {
+    remove_file(path)?;
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .os("open", path.display())
 }
 
 fn open_console_log(path: &Path) -> Result<File> {

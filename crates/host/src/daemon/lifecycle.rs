@@ -21,6 +21,7 @@ use strake_api::control::Request;
 use strake_api::rest::{StopVm, Vm, VmState};
 use strake_observe::{Because, Observation, Result, Task};
 
+use super::death::Death;
 use super::launch::Launch;
 use super::live::{Cell, Live, Monitor, state_name};
 use super::supervise::Recorded;
@@ -31,8 +32,8 @@ use crate::monitor::connection::{Connection, Events, Greeting, QUICK};
 use crate::monitor::process::{Ending, Process};
 use crate::monitor::spawn;
 use crate::observations::{
-    MonitorBrokeOut, MonitorDied, MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable,
-    StartFailed, StartUnclear, StopFailed, StopTimedOut, WrongState,
+    MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable, StartFailed, StartUnclear,
+    StopFailed, StopTimedOut, WrongState,
 };
 use crate::storage::store::remove_file;
 
@@ -182,27 +183,17 @@ impl Host {
         };
         // A monitor that ended by itself says more than the connection that it left.
         let ended = newborn.end();
-        let death = ended.map(|(pid, how)| MonitorDied {
-            vm: name.clone(),
-            pid,
-            how: how.to_string(),
-        });
-        let broke_out = ended.filter(|(_, how)| how.broke_out());
-        let broke_out = broke_out.map(|_| MonitorBrokeOut {
-            vm: name.clone(),
-            log: crate::config::show(&log),
-        });
         if let Err(more) = remove_file(&socket) {
             task.saw(more);
         }
-        let said = spawn::last_words(&log).map(|lines| MonitorSaid {
-            path: crate::config::show(&log),
-            lines,
-        });
-        Err(seen
-            .because_all(death.map(Observation::from))
-            .because_all(broke_out.map(Observation::from))
-            .because_all(said.map(Observation::from)))
+        let why = match ended {
+            Some((pid, how)) => Some(self.monitor_died(name, pid, Some(Death::Seen(how)), None)),
+            None => spawn::last_words(&log).map(|lines| {
+                let path = crate::config::show(&log);
+                MonitorSaid { path, lines }.into()
+            }),
+        };
+        Err(seen.because_all(why))
     }
 
     /// From hello to the running guest. An error means that the guest does not run.

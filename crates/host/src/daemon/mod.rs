@@ -23,6 +23,7 @@ mod commit;
 mod console;
 mod create;
 mod datastores;
+mod death;
 mod exports;
 mod housekeeping;
 mod launch;

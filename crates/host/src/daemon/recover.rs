@@ -17,8 +17,9 @@ use strake_api::control::{Event, ExitReason, Request, RunState};
 use strake_api::rest::VmState;
 use strake_observe::{Observation, OsContext, Result};
 
+use super::death::Death;
 use super::live::{Cell, Monitor};
-use super::supervise::{Death, Recorded, SETTLE_PATIENCE};
+use super::supervise::{Recorded, SETTLE_PATIENCE};
 use super::{Host, guard, note, now_ms};
 use crate::inventory::{StoredState, VmRecord};
 use crate::monitor::connection::{Connection, Events, Greeting, Incoming, QUICK};
@@ -283,7 +284,7 @@ impl Host {
         }
         let why = match record.process {
             Some((pid, _)) if record.state == StoredState::Running => {
-                self.monitor_died(name, pid, Some(Death::Unseen))
+                self.monitor_died(name, pid, Some(Death::Unseen), None)
             }
             _ => Observation::from(StartFailed {
                 vm: name.to_owned(),

@@ -27,17 +27,15 @@ use strake_api::job::MigrationStatus;
 use strake_api::rest::VmState;
 use strake_observe::{Because, Observation, OsContext, Result};
 
+use super::death::Death;
 use super::live::{Cell, LOOK_PATIENCE, Live, Monitor, Revival};
 use super::{Host, note, now_ms};
-use crate::config::show;
 use crate::crash;
 use crate::inventory::StoredState;
 use crate::monitor::connection::{Connection, Events, Incoming, QUICK};
 use crate::monitor::process::Ending;
-use crate::monitor::spawn;
 use crate::observations::{
-    MonitorBrokeOut, MonitorDied, MonitorKilled, MonitorMismatch, MonitorSaid, MonitorSilent,
-    MonitorUnreachable, StartFailed,
+    MonitorKilled, MonitorMismatch, MonitorSilent, MonitorUnreachable, StartFailed,
 };
 use crate::storage::store::remove_file;
 
@@ -52,9 +50,6 @@ const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A guest that resets at once is not started again at once, nor is an export whose monitor dies.
 const RESET_INTERVAL: Duration = Duration::from_secs(2);
-
-/// What a monitor observed this long before its death may have to do with it.
-const CAUSE_WINDOW_MS: u64 = 30_000;
 
 /// Observations of one monitor that are kept within [`FLOOD_WINDOW`]; more say nothing new.
 const FLOOD_LIMIT: u32 = 50;
@@ -432,19 +427,13 @@ impl Supervisor {
 
     /// A monitor that ended without a word.
     fn death(&self, how: Option<Ending>) -> Observation {
-        let observed = std::mem::take(&mut self.cell.live().observed);
-        let now = now_ms();
-        let observed = observed
-            .into_iter()
-            .filter(|seen| now.saturating_sub(seen.record().at_ms) <= CAUSE_WINDOW_MS);
-        let died = self
-            .host
-            .monitor_died(
-                &self.cell.name,
-                self.monitor.process.pid(),
-                how.map(Death::Seen),
-            )
-            .because_all(observed);
+        let told = std::mem::take(&mut self.cell.live().observed);
+        let died = self.host.monitor_died(
+            &self.cell.name,
+            self.monitor.process.pid(),
+            how.map(Death::Seen),
+            told,
+        );
         note(died.clone());
         died
     }
@@ -479,33 +468,6 @@ impl Host {
         });
         shown
     }
-
-    /// The observation of a monitor's death, with its last words.
-    pub(super) fn monitor_died(&self, vm: &str, pid: u32, how: Option<Death>) -> Observation {
-        let log = self.config.monitor_log(vm);
-        let broke_out = matches!(how, Some(Death::Seen(ending)) if ending.broke_out());
-        let died = Observation::from(MonitorDied {
-            vm: vm.to_owned(),
-            pid,
-            how: match how {
-                Some(Death::Seen(ending)) => ending.to_string(),
-                Some(Death::Unseen) => {
-                    "it ended while no daemon ran, or the host was restarted".to_owned()
-                }
-                None => "how cannot be told, it was not started by this daemon".to_owned(),
-            },
-        });
-        let broke_out = broke_out.then(|| MonitorBrokeOut {
-            vm: vm.to_owned(),
-            log: show(&log),
-        });
-        let said = spawn::last_words(&log).map(|lines| MonitorSaid {
-            path: show(&log),
-            lines,
-        });
-        died.because_all(broke_out.map(Observation::from))
-            .because_all(said.map(Observation::from))
-    }
 }
 
 /// What becomes of a VM whose guest has ended: what is recorded, and what is shown.
@@ -519,13 +481,4 @@ fn outcome(why: &ExitReason, cell: &Cell) -> (StoredState, VmState) {
         ExitReason::GuestReset if !stop_asked => (StoredState::Restarting, VmState::Starting),
         _ => (StoredState::Stopped, VmState::Stopped),
     }
-}
-
-/// How a monitor died.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Death {
-    /// As the kernel told.
-    Seen(Ending),
-    /// While nobody looked.
-    Unseen,
 }

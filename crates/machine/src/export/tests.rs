@@ -44,6 +44,7 @@ fn config() -> ExportConfig {
             serial: "root".to_owned(),
             queues: 4,
         },
+        observations: None,
         front_ends: vec![
             FrontEndConfig::VhostUser {
                 listener: FdIndex(1),

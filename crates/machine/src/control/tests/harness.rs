@@ -168,6 +168,7 @@ impl Monitor {
             nics: Vec::new(),
             console: ConsoleKind::default(),
             console_log: FdIndex(3),
+            observations: None,
         };
         (config, fds)
     }
