@@ -75,11 +75,9 @@ impl Machine {
             vcpus: Vcpus::none(),
             components,
             disks: vec![disk],
-            console: None,
-            power: None,
             jobs: Jobs::default(),
             mailbox: Arc::clone(mailbox),
-            _vm: None,
+            guest: None,
         }))
     }
 }

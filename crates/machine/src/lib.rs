@@ -27,6 +27,7 @@ mod build;
 pub mod control;
 mod descriptors;
 mod export;
+mod handover;
 mod images;
 mod jobs;
 mod machine;

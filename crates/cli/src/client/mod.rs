@@ -15,7 +15,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strake_api::job::{JobId, LimitsChange};
 use strake_api::rest::{
-    AddDatastore, CreateExport, CreateVm, Datastore, Export, HostInfo, Job, MigrateDisk, StopVm, Vm,
+    AddDatastore, CreateExport, CreateVm, Datastore, Export, HostInfo, Job, MigrateDisk, RestartVm,
+    Restarted, StopVm, Vm,
 };
 use strake_observe::{Recorded, Result};
 
@@ -132,6 +133,16 @@ impl Client {
     /// See [`Client::host`].
     pub async fn stop(&self, name: &str, how: &StopVm) -> Result<Vm> {
         let path = format!("/v1/vms/{}/stop", segment(name));
+        let patience = PATIENCE + how.timeout_s.map_or(STOP_DEFAULT, Duration::from_secs);
+        self.post(&path, how, patience).await
+    }
+
+    /// Restarts a VM.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn restart(&self, name: &str, how: &RestartVm) -> Result<Restarted> {
+        let path = format!("/v1/vms/{}/restart", segment(name));
         let patience = PATIENCE + how.timeout_s.map_or(STOP_DEFAULT, Duration::from_secs);
         self.post(&path, how, patience).await
     }

@@ -220,7 +220,7 @@ impl Host {
         let disk = record.disks.first().ok_or_else(|| NoSuchExport {
             export: record.name.clone(),
         })?;
-        let (config, file) = self.disk(record, disk, QUEUES, &mut fds)?;
+        let (config, file) = self.disk(record, disk, QUEUES, None, &mut fds)?;
         let mut front_ends = Vec::new();
         if let Some(socket) = &spec.vhost_user {
             front_ends.push(FrontEndConfig::VhostUser {

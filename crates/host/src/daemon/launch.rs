@@ -15,6 +15,7 @@ use strake_api::spec::{BootSpec, VmSpec, parse_mac};
 use strake_observe::{Because, OsContext, Result};
 
 use super::create::boot_file_refused;
+use super::handover::LentFiles;
 use super::{Host, private};
 use crate::FileIdentity;
 use crate::config::show;
@@ -45,15 +46,28 @@ impl Host {
     /// Opens everything that the monitor needs for what it is to run.
     pub(super) fn prepare_launch(&self, vm: &VmRecord) -> Result<Launch> {
         match &vm.what {
-            Workload::Vm(spec) => self.prepare_machine(vm, spec),
+            Workload::Vm(spec) => self.prepare_machine(vm, spec, None),
             Workload::Export(spec) => self.prepare_export(vm, spec),
         }
     }
 
-    fn prepare_machine(&self, vm: &VmRecord, spec: &VmSpec) -> Result<Launch> {
+    /// The same for a monitor that takes the guest over from another one, which lent what it has.
+    pub(super) fn prepare_successor(&self, vm: &VmRecord, lent: LentFiles) -> Result<Launch> {
+        self.prepare_machine(vm, vm.spec()?, Some(lent))
+    }
+
+    fn prepare_machine(
+        &self,
+        vm: &VmRecord,
+        spec: &VmSpec,
+        mut lent: Option<LentFiles>,
+    ) -> Result<Launch> {
         let mut fds = Descriptors::default();
         let kvm = fds.add(self.open_kvm()?)?;
-        let boot = boot(&spec.boot, vm, &mut fds)?;
+        let boot = match &lent {
+            Some(_) => BootConfig::Predecessor,
+            None => boot(&spec.boot, vm, &mut fds)?,
+        };
         let mut disks = Vec::new();
         let mut files = Vec::new();
         for disk in &vm.disks {
@@ -61,7 +75,7 @@ impl Host {
             let queues = named
                 .and_then(|named| named.queues)
                 .unwrap_or(u16::from(spec.cpus));
-            let (config, file) = self.disk(vm, disk, queues, &mut fds)?;
+            let (config, file) = self.disk(vm, disk, queues, lent.as_mut(), &mut fds)?;
             disks.push(config);
             files.push((disk.name.clone(), file));
         }
@@ -74,12 +88,18 @@ impl Host {
             nics.push(NicConfig {
                 name: nic.name.clone(),
                 slot: nic.slot,
-                tap: fds.add(net::open_tap(&nic.tap, nic.bridge.as_deref())?)?,
+                tap: match &mut lent {
+                    Some(lent) => fds.add(lent.tap(&vm.name, &nic.name)?)?,
+                    None => fds.add(net::open_tap(&nic.tap, nic.bridge.as_deref())?)?,
+                },
                 mac,
             });
         }
         let size = spec.memory.0;
-        let memfd = strake_memory::create_memfd(&format!("strake-ram-{}", vm.name), size)?;
+        let memfd = match lent {
+            Some(lent) => lent.memory,
+            None => strake_memory::create_memfd(&format!("strake-ram-{}", vm.name), size)?,
+        };
         let memory = MemoryConfig {
             size,
             memfd: fds.add(memfd)?,
@@ -133,16 +153,22 @@ impl Host {
         vm: &VmRecord,
         disk: &DiskRecord,
         queues: u16,
+        lent: Option<&mut LentFiles>,
         fds: &mut Descriptors,
     ) -> Result<(DiskConfig, FileIdentity)> {
         let mode = Mode::of(disk.read_only);
-        let user = |path: &Path| self.who_uses(&vm.name, path);
-        let image = chain::open(&disk.image, mode, &self.allowed_below()?, &user)?;
-        let file = image.identity.clone();
+        let (image, file) = if let Some(lent) = lent {
+            lent.image(&vm.name, disk, fds)?
+        } else {
+            let user = |path: &Path| self.who_uses(&vm.name, path);
+            let image = chain::open(&disk.image, mode, &self.allowed_below()?, &user)?;
+            let file = image.identity.clone();
+            (image.give(fds)?, file)
+        };
         let config = DiskConfig {
             name: disk.name.clone(),
             slot: disk.slot,
-            image: image.give(fds)?,
+            image,
             read_only: disk.read_only,
             serial: disk.name.clone(),
             queues,

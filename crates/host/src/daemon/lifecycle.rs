@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use strake_api::control::Request;
-use strake_api::rest::{StopVm, Vm, VmState};
+use strake_api::rest::{RestartVm, Restarted, StopVm, Vm, VmState};
 use strake_observe::{Because, Observation, Result, Task};
 
 use super::death::Death;
@@ -39,7 +39,7 @@ use crate::storage::store::remove_file;
 
 /// How long a monitor may take to build its machine: it may have to read a kernel out of an image
 /// on a slow store.
-const CONFIGURE_PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const CONFIGURE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a guest has to shut down if nobody says otherwise.
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
@@ -181,19 +181,28 @@ impl Host {
             }
             Err(seen) => seen,
         };
-        // A monitor that ended by itself says more than the connection that it left.
-        let ended = newborn.end();
+        let told = self.end_of_newborn(newborn, name, &log);
         if let Err(more) = remove_file(&socket) {
             task.saw(more);
         }
-        let why = match ended {
-            Some((pid, how)) => Some(self.monitor_died(name, pid, Some(Death::Seen(how)), None)),
-            None => spawn::last_words(&log).map(|lines| {
-                let path = crate::config::show(&log);
+        Err(seen.because_all(told))
+    }
+
+    /// Ends a monitor that has no guest; tells how it ended if it did so by itself, and what it said
+    /// last: that says more than the connection that it left.
+    pub(super) fn end_of_newborn(
+        &self,
+        newborn: Newborn,
+        vm: &str,
+        log: &Path,
+    ) -> Option<Observation> {
+        match newborn.end() {
+            Some((pid, how)) => Some(self.monitor_died(vm, pid, Some(Death::Seen(how)), None)),
+            None => spawn::last_words(log).map(|lines| {
+                let path = crate::config::show(log);
                 MonitorSaid { path, lines }.into()
             }),
-        };
-        Err(seen.because_all(why))
+        }
     }
 
     /// From hello to the running guest. An error means that the guest does not run.
@@ -311,6 +320,27 @@ impl Host {
             self.start_stopped(&cell, task)
         })?;
         doubt.map_or(Ok(()), Err)
+    }
+
+    /// Stops a VM and starts it again: its guest reboots, with everything as its spec says now.
+    ///
+    /// # Errors
+    /// As [`Host::stop`] and [`Host::start`].
+    pub fn restart(self: &Arc<Self>, name: &str, how: &RestartVm) -> Result<Restarted> {
+        let old_pid = self.vm(name)?.pid;
+        let stop = StopVm {
+            force: how.force,
+            timeout_s: how.timeout_s,
+        };
+        self.stop(name, &stop)?;
+        let vm = self.start(name)?;
+        Ok(Restarted {
+            vm,
+            pause_us: None,
+            old_pid,
+            old_version: None,
+            new_version: None,
+        })
     }
 
     /// The begin of a stop; `None` if there is no monitor to wait for.
@@ -452,7 +482,7 @@ fn keeps_running(cell: &Cell, monitor: &Arc<Monitor>) {
 const OWN_END_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A monitor's process before its guest runs: ended if anything fails.
-enum Newborn {
+pub(super) enum Newborn {
     /// What was started.
     Child(Child),
     /// The process that answered the hello.
@@ -462,9 +492,22 @@ enum Newborn {
 }
 
 impl Newborn {
+    pub(super) fn child(child: Child) -> Self {
+        Self::Child(child)
+    }
+
+    /// What the inventory records of it before it has said anything.
+    pub(super) fn identity(&self) -> Result<Option<(u32, u64)>> {
+        match self {
+            Self::Child(child) => Process::identity_of(child).map(Some),
+            Self::Held(process) => Ok(Some(process.identity())),
+            Self::Gone => Ok(None),
+        }
+    }
+
     /// Holds the process that answered the hello: the child itself, or its child if a jail put a
     /// process between.
-    fn hold(&mut self, greeting: &Greeting) -> Result<&Process> {
+    pub(super) fn hold(&mut self, greeting: &Greeting) -> Result<&Process> {
         let gone = || crate::observations::MonitorLost {
             request: "hello".to_owned(),
         };
@@ -478,7 +521,7 @@ impl Newborn {
         }
     }
 
-    fn keep(mut self) -> Result<Process> {
+    pub(super) fn keep(mut self) -> Result<Process> {
         match std::mem::replace(&mut self, Self::Gone) {
             Self::Held(process) => Ok(process),
             Self::Child(_) | Self::Gone => Err(crate::observations::Internal {
@@ -489,7 +532,7 @@ impl Newborn {
     }
 
     /// Ends it; tells how it ended if it did so by itself.
-    fn end(mut self) -> Option<(u32, Ending)> {
+    pub(super) fn end(mut self) -> Option<(u32, Ending)> {
         let process = match std::mem::replace(&mut self, Self::Gone) {
             Self::Held(process) => process,
             Self::Child(child) => {

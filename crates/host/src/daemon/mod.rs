@@ -25,6 +25,7 @@ mod create;
 mod datastores;
 mod death;
 mod exports;
+mod handover;
 mod housekeeping;
 mod launch;
 mod lifecycle;

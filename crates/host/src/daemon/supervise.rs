@@ -294,7 +294,7 @@ impl Supervisor {
     fn after_loss(&mut self) -> Option<Events> {
         let monitor = Arc::clone(&self.monitor);
         let process = &monitor.process;
-        if self.exit.is_some() {
+        if self.exit.is_some() || monitor.is_retired() {
             if !process.wait(EXIT_PATIENCE) {
                 note(self.killed("it did not end after its guest had"));
                 process.kill();
@@ -353,6 +353,18 @@ impl Supervisor {
             }
             .into());
         }
+        // Should it have been left in the middle of a handover: the guest is its own.
+        {
+            let retired = super::guard(&self.monitor.retired);
+            if *retired {
+                return Err(MonitorMismatch {
+                    said: "the one that the guest has left".to_owned(),
+                    expected: format!("the monitor of VM '{}'", self.cell.name),
+                }
+                .into());
+            }
+            super::handover::settle_place(&connection)?;
+        }
         self.monitor.replace_connection(connection);
         // What may have been missed while nobody listened.
         let state = self.monitor.status().map(|status| status.state);
@@ -398,6 +410,11 @@ impl Supervisor {
     /// The monitor has ended: nothing of it is left when the VM is shown as stopped.
     fn ended(mut self, jobs: JoinHandle<()>) {
         let name = self.cell.name.as_str();
+        if self.monitor.is_retired() {
+            tracing::info!(vm = %name, pid = self.monitor.process.pid(), "the old monitor ended");
+            self.monitor.process.how_it_ended();
+            return; // Its second thread ends with it.
+        }
         let pid = self.monitor.process.pid();
         let how = self.monitor.process.how_it_ended();
         tracing::info!(vm = %name, pid, ?how, exit = ?self.exit, "monitor ended");
