@@ -59,6 +59,14 @@ impl HostConfig {
     }
 }
 
+impl HostConfig {
+    /// The control socket of a monitor that is to take a VM over, until it has.
+    #[must_use]
+    pub fn next_socket(&self, vm: &str) -> PathBuf {
+        self.vm_run(vm).join("control-next.sock")
+    }
+}
+
 /// A path as text for observations.
 pub(crate) fn show(path: &Path) -> String {
     path.display().to_string()
