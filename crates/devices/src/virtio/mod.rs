@@ -26,6 +26,7 @@ pub mod net;
 mod queue;
 pub mod rng;
 mod transport;
+mod vhost_user;
 mod worker;
 
 use std::sync::Arc;
@@ -38,6 +39,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use guest::{Buffers, HostRange, OutsideMemory, Part};
 pub use queue::{CHAIN_LIMIT, Chain, VirtQueue};
 pub use transport::{ConfigSignal, SavedQueue, SavedVirtioPci, VirtioPci};
+pub use vhost_user::VhostUserServer;
 pub use worker::{
     Fault, Poller, Progress, QUIESCE_BOUND, Ready, Work, WorkerEntry, set_worker_entry,
 };
@@ -101,11 +103,11 @@ pub trait VirtioDevice: Send + Sync + 'static {
     /// have ended.
     fn reset(&self);
 
-    /// Prepares for being restored with so many queues in use: opens what takes long.
+    /// Prepares for being restored with queues of these sizes in use: opens what takes long.
     ///
     /// # Errors
     /// A backend cannot be set up.
-    fn prepare(&self, queues: usize) -> Result<()>;
+    fn prepare(&self, sizes: &[u16]) -> Result<()>;
 
     /// Adds its own record: what the guest sees of it beside the transport, and what it would miss.
     /// The workers stand still.

@@ -69,7 +69,7 @@ pub struct VirtioBlk {
     /// flushed before it hears of it.
     writeback: Arc<AtomicBool>,
     /// Queues on the disk that were opened before they are needed.
-    spare: Mutex<Vec<DiskQueue>>,
+    spare: Mutex<Vec<(u16, DiskQueue)>>,
     signal: OnceLock<ConfigSignal>,
 }
 
@@ -106,16 +106,25 @@ impl VirtioBlk {
         })
     }
 
-    fn open_queue(&self) -> Result<DiskQueue> {
+    /// A queue on the disk for a virtqueue of this size.
+    fn take_queue(&self, size: u16) -> Result<DiskQueue> {
+        let mut spare = self.spare();
+        match spare.iter().position(|(of, _)| *of == size) {
+            Some(at) => Ok(spare.swap_remove(at).1),
+            None => self.open_queue(size),
+        }
+    }
+
+    fn open_queue(&self, size: u16) -> Result<DiskQueue> {
         self.disk
-            .queue(u32::from(QUEUE_SIZE))
+            .queue(u32::from(size))
             .because_of(|| DeviceUnusable {
                 device: self.name.clone(),
                 doing: "opening a queue of its disk".to_owned(),
             })
     }
 
-    fn spare(&self) -> MutexGuard<'_, Vec<DiskQueue>> {
+    fn spare(&self) -> MutexGuard<'_, Vec<(u16, DiskQueue)>> {
         self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -203,10 +212,7 @@ impl VirtioDevice for VirtioBlk {
         let flushes = activation.features & feature(VIRTIO_BLK_F_FLUSH) != 0;
         let mut works: Vec<Box<dyn Work>> = Vec::new();
         for active in activation.queues.into_iter().flatten() {
-            let queue = match self.spare().pop() {
-                Some(queue) => queue,
-                None => self.open_queue()?,
-            };
+            let queue = self.take_queue(active.queue.size())?;
             works.push(Box::new(BlkWork::new(
                 format!("{}-{}", self.name, active.queue.index()),
                 active,
@@ -227,11 +233,10 @@ impl VirtioDevice for VirtioBlk {
         self.writeback.store(true, Ordering::Release);
     }
 
-    fn prepare(&self, queues: usize) -> Result<()> {
+    fn prepare(&self, sizes: &[u16]) -> Result<()> {
         let mut spare = self.spare();
-        while spare.len() < queues.min(usize::from(self.queues)) {
-            let queue = self.open_queue()?;
-            spare.push(queue);
+        for size in sizes.iter().take(usize::from(self.queues)) {
+            spare.push((*size, self.open_queue(*size)?));
         }
         Ok(())
     }

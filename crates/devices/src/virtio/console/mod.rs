@@ -162,7 +162,7 @@ impl VirtioDevice for VirtioConsole {
         // It keeps nothing.
     }
 
-    fn prepare(&self, _: usize) -> Result<()> {
+    fn prepare(&self, _: &[u16]) -> Result<()> {
         Ok(()) // Its worker is all that it needs.
     }
 

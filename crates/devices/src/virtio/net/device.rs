@@ -226,7 +226,7 @@ impl VirtioDevice for VirtioNet {
         // Nobody receives now; the next driver says anew what it can take.
     }
 
-    fn prepare(&self, _: usize) -> Result<()> {
+    fn prepare(&self, _: &[u16]) -> Result<()> {
         Ok(()) // Its worker is all that it needs.
     }
 

@@ -96,7 +96,7 @@ impl VirtioDevice for VirtioRng {
         // It keeps nothing.
     }
 
-    fn prepare(&self, _: usize) -> Result<()> {
+    fn prepare(&self, _: &[u16]) -> Result<()> {
         Ok(()) // Its worker is all that it needs.
     }
 

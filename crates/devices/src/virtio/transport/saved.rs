@@ -130,7 +130,8 @@ impl<D: VirtioDevice> VirtioPci<D> {
             .restore(sketch.msix_enabled, sketch.msix_masked, &sketch.vectors)?;
         let active = sketch.status & DRIVER_OK != 0;
         let queues = sketch.queues.iter().filter(|queue| queue.enabled && active);
-        self.device.prepare(queues.count())
+        let sizes: Vec<u16> = queues.map(|queue| queue.size).collect();
+        self.device.prepare(&sizes)
     }
 
     /// Takes everything over; its workers stand ready if the driver had it running.
