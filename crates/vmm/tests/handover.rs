@@ -142,6 +142,7 @@ impl Monitor {
                 read_only: false,
                 serial: "root".to_owned(),
                 queues: 2,
+                limits: strake_api::control::DiskLimits::default(),
             }],
             nics: Vec::new(),
             console: ConsoleKind::default(),
