@@ -311,6 +311,13 @@ impl Progress {
     }
 }
 
+/// What a job that can be taken up again has kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Bytes that need not be copied again if the VM or its host died now.
+    pub bytes: u64,
+}
+
 /// What a copy costs the guest.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LatencySeen {
@@ -428,9 +435,9 @@ pub struct MigrationStatus {
     /// microseconds, while the guest makes any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency: Option<Box<LatencySeen>>,
-    /// Bytes that need not be copied again if the VM or its host died now, for a job that keeps that.
+    /// What a job that can be taken up again has kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kept_bytes: Option<u64>,
+    pub kept: Option<Box<Kept>>,
     /// The overlay that the disk is on. In a job that has ended: that it was left on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Box<OverlayStatus>>,
@@ -456,7 +463,7 @@ impl MigrationStatus {
             method: None,
             progress: Progress::On,
             latency: None,
-            kept_bytes: None,
+            kept: None,
             overlay: None,
             failure: None,
         }

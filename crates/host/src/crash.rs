@@ -22,6 +22,7 @@ pub const CRASH_POINTS: &[&str] = &[
     "after-job-recorded",
     "after-destination-named",
     "after-job-accepted",
+    "after-job-taken-up",
     "before-commit",
     "after-commit-before-reply",
     "after-commit-reply",

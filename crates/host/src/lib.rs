@@ -33,5 +33,5 @@ pub use config::HostConfig;
 pub use crash::CRASH_POINTS;
 pub use daemon::{Host, Images};
 pub use monitor::packet;
-pub use storage::identity::FileIdentity;
+pub use storage::identity::{FileIdentity, Stamp};
 pub use storage::location::{Binding, Location};

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use strake_api::job::{
-    Method, MethodReason, MigrationLimits, OverlayStep, PassReport, Phase, Stage,
+    Kept, Method, MethodReason, MigrationLimits, OverlayStep, PassReport, Phase, Stage,
 };
 use strake_observe::{Observation, Result, Task};
 
@@ -245,7 +245,7 @@ impl Job {
         };
         if let Some(mut keeper) = self.keeper.take() {
             match phase {
-                Phase::Interrupted => keeper.leave(),
+                Phase::Interrupted => keeper.remain(),
                 // Nobody may take it up again once the guest goes on without it.
                 _ => keeper.close(),
             }
@@ -489,7 +489,7 @@ impl Job {
             let kept = due.then(|| keeper.borrow().as_ref().map(Keeper::claimed_bytes));
             control.update(|status| {
                 if let Some(kept) = kept {
-                    status.kept_bytes = kept;
+                    status.kept = kept.map(|bytes| Box::new(Kept { bytes }));
                 }
                 status.throughput = throughput;
                 status.latency = neighbour.borrow().seen().map(Box::new);

@@ -216,6 +216,7 @@ impl Host {
             }
             let record = self.inventory.vm(name)?;
             self.refuse_living_monitor(&cell, &record)?;
+            self.end_all_interrupted(&cell)?;
             let _placing = guard(&self.placing);
             self.inventory.remove_vm(name)?;
             self.forget_cell(name);

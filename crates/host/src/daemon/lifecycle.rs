@@ -21,6 +21,7 @@ use strake_api::control::Request;
 use strake_api::rest::{StopVm, Vm, VmState};
 use strake_observe::{Because, Observation, Result, Task};
 
+use super::interrupted::Again;
 use super::launch::Launch;
 use super::live::{Cell, Live, Monitor, state_name};
 use super::supervise::Recorded;
@@ -172,6 +173,8 @@ impl Host {
     fn launch(&self, record: &VmRecord, task: &mut Task) -> Result<Started> {
         let name = &record.name;
         let launch = self.prepare_launch(record)?;
+        let cell = self.cell(name)?;
+        let again = self.prepare_again(&cell, record)?;
         private(&self.config.vm_run(name))?;
         // From here on a daemon that comes back must look for a monitor.
         self.inventory.vm_starting(name, &launch.files)?;
@@ -185,7 +188,7 @@ impl Host {
         let recorded = Process::identity_of(&child)
             .and_then(|process| self.inventory.vm_spawned(name, process));
         let mut newborn = Newborn::Child(child);
-        let up = recorded.and_then(|()| self.bring_up(&launch, &socket, &mut newborn));
+        let up = recorded.and_then(|()| self.bring_up(&launch, again, &socket, &mut newborn));
         let seen = match up {
             Ok(up) => {
                 let process = newborn.keep()?;
@@ -224,12 +227,21 @@ impl Host {
     }
 
     /// From hello to the running guest. An error means that the guest does not run.
-    fn bring_up(&self, launch: &Launch, socket: &Path, newborn: &mut Newborn) -> Result<BroughtUp> {
+    fn bring_up(
+        &self,
+        launch: &Launch,
+        again: Vec<Again>,
+        socket: &Path,
+        newborn: &mut Newborn,
+    ) -> Result<BroughtUp> {
         let (connection, greeting, events) = Connection::open(socket)?;
         let process = newborn.hold(&greeting)?;
         let configure = Request::Configure(Box::new(launch.config.clone()));
         connection.call("configure", configure, &launch.fds(), CONFIGURE_PATIENCE)?;
         crash::point("after-configure");
+        for job in again {
+            self.take_up(&connection, job)?;
+        }
         let mut up = BroughtUp {
             connection,
             events,

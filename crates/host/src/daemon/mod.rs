@@ -24,6 +24,7 @@ mod console;
 mod create;
 mod datastores;
 mod housekeeping;
+mod interrupted;
 mod launch;
 mod lifecycle;
 mod live;
