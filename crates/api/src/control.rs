@@ -9,6 +9,25 @@
 //! after another, the newest replacing the one before. So the daemon may die and come back: it
 //! connects again and asks for [`Request::Status`]. A lost connection changes nothing in the VM.
 //!
+//! **Handover.** A guest moves into another monitor in this order, each step asked for by the daemon,
+//! which alone decides:
+//!
+//! ```text
+//!   daemon                  predecessor                     successor
+//!   Lend ──────────────────▶ gives its descriptors
+//!   Configure (Predecessor) ───────────────────────────────▶ builds everything
+//!   Receive ───────────────────────────────────────────────▶ waits for the records
+//!   HandOver ──────────────▶ pauses, drains, saves ─records─▶ restores
+//!                            Done                            Done: it could run
+//!   the inventory's transaction
+//!   TakeOver ──────────────────────────────────────────────▶ runs
+//!   Retire ────────────────▶ ends
+//! ```
+//!
+//! Until the transaction, `CallOff` makes the predecessor go on as if nothing had happened. Neither
+//! of the two ever runs the guest again on its own: whose daemon goes away in between waits for the
+//! next one.
+//!
 //! Requests carry an identifier that their reply repeats. Events come unasked and carry 0.
 
 use serde::{Deserialize, Serialize};
@@ -93,6 +112,29 @@ pub enum Request {
         /// The monitor's end.
         stream: FdIndex,
     },
+    /// Answered by [`Reply::Lent`], with descriptors of its own for another monitor of the same VM.
+    /// Changes nothing.
+    Lend,
+    /// Pauses the guest, finishes what is in flight, and sends everything that the guest would miss.
+    /// Once it is [`Reply::Done`], the guest stands still until [`Request::CallOff`] or
+    /// [`Request::Retire`]; if it fails, the guest runs as before.
+    HandOver {
+        /// A stream socket to the monitor that receives.
+        records: FdIndex,
+    },
+    /// After [`Request::HandOver`]: the guest goes on here. Does nothing if it does already.
+    CallOff,
+    /// After [`Request::HandOver`]: the guest runs elsewhere; the process ends.
+    Retire,
+    /// To a monitor that was configured with [`BootConfig::Predecessor`]: takes everything over from
+    /// the stream. Done once the guest could run.
+    Receive {
+        /// A stream socket to the monitor that hands over.
+        records: FdIndex,
+    },
+    /// After [`Request::Receive`]: the guest runs here from now on. Answered by
+    /// [`Reply::TookOver`], also if it does already.
+    TakeOver,
     /// Starts a migration. Answered by [`Reply::Done`] once it is accepted.
     MigrateDisk {
         /// Names it from now on.
@@ -178,6 +220,35 @@ pub enum Reply {
     Status(VmStatus),
     /// How a job is.
     Job(MigrationStatus),
+    /// What another monitor of the VM needs.
+    Lent(Lent),
+    /// The guest runs here now.
+    TookOver {
+        /// How long it stood still, in microseconds: from the order to pause its vCPUs in the other
+        /// monitor to the order to run them in this one.
+        pause_us: u64,
+    },
+}
+
+/// Descriptors that a monitor shares with its successor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lent {
+    /// The guest's RAM.
+    pub memory: FdIndex,
+    /// The files of all images, with the locks on them, in no order: which is which, the receiver
+    /// sees.
+    pub images: Vec<FdIndex>,
+    /// The tap of each interface, by its name in the spec.
+    pub taps: Vec<LentTap>,
+}
+
+/// An interface's tap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LentTap {
+    /// The interface.
+    pub nic: String,
+    /// The tap.
+    pub tap: FdIndex,
 }
 
 /// What a monitor says unasked.
@@ -297,6 +368,9 @@ pub struct MachineConfig {
     pub console: ConsoleKind,
     /// The file that the output of both consoles is appended to.
     pub console_log: FdIndex,
+    /// An empty file that outlives the monitor, for its last observations.
+    #[serde(default)]
+    pub observations: Option<FdIndex>,
 }
 
 /// The guest's RAM: one memfd, mapped below and above the hole under 4 GiB.
@@ -330,6 +404,9 @@ pub enum BootConfig {
         /// Appended to the image's own command line.
         cmdline_append: String,
     },
+    /// Nothing: the guest has booted already and comes from another monitor
+    /// ([`Request::Receive`]).
+    Predecessor,
 }
 
 /// One disk.

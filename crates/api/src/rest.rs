@@ -9,6 +9,7 @@
 //! | `DELETE /v1/vms/{name}?disks=keep\|delete` | – |
 //! | `POST /v1/vms/{name}/start` | [`Vm`] |
 //! | `POST /v1/vms/{name}/stop` with [`StopVm`] | [`Vm`] |
+//! | `POST /v1/vms/{name}/restart` with [`RestartVm`] | [`Restarted`] |
 //! | `GET /v1/vms/{name}/log?tail=BYTES` | the serial console's output so far, as bytes |
 //! | `POST /v1/vms/{name}/console` with `Upgrade: strake-console` | 101, then the console both ways |
 //! | `POST /v1/vms/{name}/disks/{disk}/migrate` with [`MigrateDisk`] | [`Job`] |
@@ -84,6 +85,35 @@ pub struct StopVm {
     pub force: bool,
     /// Seconds to wait for the guest; then the stop fails and the VM keeps running.
     pub timeout_s: Option<u64>,
+}
+
+/// How to restart a VM.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RestartVm {
+    /// Only the monitor is replaced, by one of the installed version, under the running guest, which
+    /// does not notice. Otherwise the guest is shut down and started again.
+    pub fast: bool,
+    /// Without `fast`: do not ask the guest.
+    pub force: bool,
+    /// Without `fast`: seconds to wait for the guest; then the restart fails and the VM keeps
+    /// running.
+    pub timeout_s: Option<u64>,
+}
+
+/// A VM that was restarted.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Restarted {
+    /// The VM now.
+    pub vm: Vm,
+    /// How long a guest that does not notice stood still, in microseconds.
+    pub pause_us: Option<u64>,
+    /// The process of the monitor before.
+    pub old_pid: Option<u32>,
+    /// Its version, if it is known.
+    pub old_version: Option<String>,
+    /// The version of the monitor now.
+    pub new_version: Option<String>,
 }
 
 /// A VM as the inventory knows it, with its monitor's view where one runs.

@@ -87,6 +87,7 @@ fn largest_machine() -> MachineConfig {
         ],
         console: ConsoleKind::Virtio,
         console_log: FdIndex(6),
+        observations: Some(FdIndex(7)),
     }
 }
 

@@ -286,6 +286,14 @@ strake_observe::catalog! {
     text "the migration's journal has version {version}, only {known} is known here";
     remedy "use the version of strake that wrote it";
 
+    /// An image cannot be opened in another process before this one has closed it.
+    ImageStays("block.image-stays") {
+        /// Its path.
+        path: String,
+    }
+    text "image {path} is of a kind that cannot be handed to another monitor while it is in use";
+    remedy "restart the VM without --fast";
+
     /// A job with method `snapshot` was given no overlay.
     NoOverlay("block.no-overlay") {
         /// The job.

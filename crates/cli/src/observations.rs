@@ -130,6 +130,18 @@ strake_observe::catalog! {
     text "the console of {vm} was lost and could not be attached again within {seconds} s";
     remedy "see what the VM does with `strake show {vm}`, then `strake console {vm}`";
 
+    /// An upgrade met a VM that could not be restarted.
+    UpgradeStopped("cli.upgrade-stopped") {
+        /// The VM.
+        vm: String,
+        /// How many were restarted before.
+        done: usize,
+        /// How many were not begun.
+        left: usize,
+    }
+    text "the upgrade stopped at {vm}: {done} VMs run in monitors of the installed version, {left} were not begun";
+    remedy "mend the cause, then run `strake upgrade` again: VMs that were restarted are restarted once more, which harms nothing";
+
     /// Ctrl-C.
     Interrupted("cli.interrupted") {
         /// What goes on in spite of it.

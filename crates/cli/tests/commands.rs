@@ -21,6 +21,13 @@ fn granting() -> FakeDaemon {
         "GET /v1/vms/web1" => ok(vm("web1", VmState::Running)),
         "POST /v1/vms/web1/start" => ok(vm("web1", VmState::Running)),
         "POST /v1/vms/web1/stop" => ok(vm("web1", VmState::Stopped)),
+        "POST /v1/vms/web1/restart" => ok(json!({
+            "vm": vm("web1", VmState::Running),
+            "pause_us": asked.body["fast"].as_bool().unwrap().then_some(1234),
+            "old_pid": 4242,
+            "old_version": "0.1.0",
+            "new_version": "0.2.0",
+        })),
         "DELETE /v1/vms/web1?disks=keep" | "DELETE /v1/vms/web1?disks=delete" => {
             Answer::Json(204, json!(null))
         }
@@ -163,6 +170,47 @@ fn start_stop_and_rm() {
     assert_eq!(asked[2].body, json!({ "force": true, "timeout_s": null }));
     assert_eq!(asked[3].line(), "DELETE /v1/vms/web1?disks=keep");
     assert_eq!(asked[4].line(), "DELETE /v1/vms/web1?disks=delete");
+}
+
+#[test]
+fn restart_and_upgrade() {
+    let daemon = granting();
+    let moved = "web1 runs in a new monitor (pid 4242 -> 4711, 0.1.0 -> 0.2.0); its guest stood \
+                 still for 1.23 ms\n";
+    assert_eq!(daemon.run(&["restart", "web1", "--fast"]).ok().out, moved);
+    let rebooted = daemon.run(&["restart", "web1", "--timeout", "9"]).ok();
+    assert_eq!(rebooted.out, "web1 runs (pid 4711)\n");
+    let wrong = daemon.run(&["restart", "web1", "--fast", "--force"]);
+    assert_eq!(wrong.code, Some(2));
+    let asked = daemon.asked();
+    let body = |fast, timeout| json!({ "fast": fast, "force": false, "timeout_s": timeout });
+    assert_eq!(asked[0].body, body(true, json!(null)));
+    assert_eq!(asked[1].body, body(false, json!(9)));
+    let planned = daemon.run(&["upgrade", "--dry-run"]).ok();
+    assert_eq!(planned.out, "web1 would be restarted fast\n");
+    let done = daemon.run(&["upgrade", "--parallel", "3"]).ok();
+    assert_eq!(done.out, "1 VMs run in monitors of the installed version\n");
+    let json = daemon.run(&["upgrade", "--json"]).ok().json();
+    assert_eq!(json[0]["pause_us"], 1234);
+}
+
+#[test]
+fn an_upgrade_stops_at_the_first_failure() {
+    let daemon = FakeDaemon::new(|asked| match asked.line().as_str() {
+        "GET /v1/vms" => ok(["a", "b", "c"].map(|name| vm(name, VmState::Running))),
+        "POST /v1/vms/a/restart" => ok(json!({
+            "vm": vm("a", VmState::Running), "pause_us": 1, "old_pid": 1,
+            "old_version": null, "new_version": "1",
+        })),
+        _ => not_found(),
+    });
+    let failed = daemon.run(&["upgrade"]);
+    assert_eq!(failed.code, Some(1));
+    assert!(failed.err.contains("stopped at b"), "{}", failed.err);
+    assert!(failed.err.contains("1 VMs run"), "{}", failed.err);
+    assert!(failed.err.contains("1 were not begun"), "{}", failed.err);
+    let asked: Vec<String> = daemon.asked().iter().map(|asked| asked.line()).collect();
+    assert!(!asked.contains(&"POST /v1/vms/c/restart".to_owned()));
 }
 
 #[test]

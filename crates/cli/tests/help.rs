@@ -41,6 +41,8 @@ fn the_commands_are_those_of_the_design() {
             "run",
             "start",
             "stop",
+            "restart",
+            "upgrade",
             "rm",
             "ps",
             "show",

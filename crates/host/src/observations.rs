@@ -316,6 +316,44 @@ strake_observe::catalog! {
     text "VM '{vm}' is {state}, not {needed}";
     remedy "{advice}";
 
+    /// A guest stays in its monitor.
+    HandoverFailed("host.handover-failed") {
+        /// The VM.
+        vm: String,
+    }
+    text "VM '{vm}' could not be restarted fast; its guest goes on as before";
+    remedy "mend the cause and try again, or restart the VM without --fast, which reboots its guest";
+
+    /// A fast restart while a job works on the VM.
+    HandoverMeetsJobs("host.handover-meets-jobs") {
+        /// The VM.
+        vm: String,
+        /// The jobs.
+        jobs: Vec<String>,
+    }
+    text "VM '{vm}' cannot be restarted fast while jobs work on its disks: {jobs:?}";
+    remedy "wait for them (`strake jobs`) or cancel them, then try again";
+
+    /// A monitor did not lend what its successor needs.
+    NotLent("host.not-lent") {
+        /// The VM.
+        vm: String,
+        /// What is missing.
+        what: String,
+    }
+    text "the monitor of VM '{vm}' did not give {what}";
+    remedy "restart the VM without --fast";
+
+    /// Nobody knows in which of its two monitors a guest is.
+    TakeOverUnclear("host.take-over-unclear") {
+        /// The VM.
+        vm: String,
+        /// The new monitor.
+        pid: u32,
+    }
+    text "the new monitor of VM '{vm}' (pid {pid}) has its guest and does not say whether it runs";
+    remedy "look at the monitor's log; `strake show` tells once it answers";
+
     /// The guest did not react to the power button.
     StopTimedOut("host.stop-timed-out") {
         /// The VM.

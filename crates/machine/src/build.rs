@@ -6,6 +6,7 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use strake_api::control::{BootConfig, ConsoleKind, MachineConfig};
@@ -23,12 +24,13 @@ use strake_devices::virtio::rng::VirtioRng;
 use strake_devices::virtio::{VirtioDevice, VirtioPci};
 use strake_kvm::{Kvm, Vcpu, Vm};
 use strake_memory::{GuestRam, Ram};
-use strake_observe::{Because, Observation, Result};
+use strake_observe::{Because, Observation, OsContext, Result};
 
 use crate::adapters::KvmPlatform;
 use crate::boot_disk;
 use crate::images;
 use crate::jobs::Jobs;
+use crate::machine::{Place, Run};
 use crate::observations::{BadConfig, BuildFailed, NoSuchDisk};
 use crate::platform::Platform;
 use crate::vcpus::{Crew, Vcpus};
@@ -56,6 +58,12 @@ impl Machine {
             vm: config.vm.clone(),
             step: step.to_owned(),
         };
+        // First, so that what goes wrong below is in it.
+        if let Some(file) = config.observations {
+            let file = fds.take(file, "the file for observations");
+            let file = file.because_of(|| failed("keeping observations"))?;
+            strake_observe::recorder().outlive(strake_observe::Ring::new(File::from(file)));
+        }
 
         let kvm = fds.take(config.kvm, "/dev/kvm").and_then(Kvm::from_fd);
         let kvm = kvm.because_of(|| failed("opening KVM"))?;
@@ -80,15 +88,25 @@ impl Machine {
         };
         let disks = add_disks(&mut slots, &config, fds, mailbox)
             .because_of(|| failed("adding the disks"))?;
-        add_nics(&mut slots, &config, fds)
+        let taps = add_nics(&mut slots, &config, fds)
             .because_of(|| failed("adding the network interfaces"))?;
         add_own(&mut slots, &config).because_of(|| failed("adding the machine's own devices"))?;
 
         let entry = load(&config, fds, &disks, &ram)
             .because_of(|| failed(&format!("loading {}", kernel_of(&config.boot))))?;
         if let Some(first) = vcpus.first() {
-            set_entry(first, &entry).because_of(|| failed("setting the entry point"))?;
+            if let Some(entry) = &entry {
+                set_entry(first, entry).because_of(|| failed("setting the entry point"))?;
+            }
+            first.prepare_save();
         }
+        let run = Run {
+            place: match entry {
+                Some(_) => Place::Here,
+                None => Place::Awaited,
+            },
+            ..Run::default()
+        };
         let Platform {
             buses,
             console,
@@ -100,7 +118,7 @@ impl Machine {
             .because_of(|| failed("starting the vCPUs' threads"))?;
         Ok(Arc::new(Self {
             name: config.vm,
-            run: std::sync::Mutex::default(),
+            run: std::sync::Mutex::new(run),
             vcpus,
             components,
             disks,
@@ -108,7 +126,9 @@ impl Machine {
             power,
             jobs: Jobs::default(),
             mailbox: Arc::clone(mailbox),
-            _vm: vm,
+            taps,
+            ram,
+            vm,
         }))
     }
 }
@@ -236,13 +256,20 @@ fn add_disks(
     Ok(disks)
 }
 
-fn add_nics(slots: &mut Slots, config: &MachineConfig, fds: &mut Descriptors) -> Result<()> {
+fn add_nics(
+    slots: &mut Slots,
+    config: &MachineConfig,
+    fds: &mut Descriptors,
+) -> Result<Vec<(String, OwnedFd)>> {
+    let mut taps = Vec::new();
     for nic in &config.nics {
         let tap = fds.take(nic.tap, &format!("the tap of interface '{}'", nic.name))?;
+        let lent = tap.try_clone().os("dup", &nic.name)?;
+        taps.push((nic.name.clone(), lent));
         let device = VirtioNet::new(format!("net-{}", nic.name), tap, nic.mac)?;
         slots.add(nic.slot, device)?;
     }
-    Ok(())
+    Ok(taps)
 }
 
 /// What every guest has beside its spec's devices: a source of random numbers in the highest slot
@@ -284,20 +311,24 @@ fn kernel_of(boot: &BootConfig) -> String {
     match boot {
         BootConfig::Kernel { kernel_path, .. } => format!("the kernel {kernel_path}"),
         BootConfig::Disk { disk, .. } => format!("the kernel on disk '{disk}'"),
+        BootConfig::Predecessor => "nothing".to_owned(),
     }
 }
 
-/// Puts the kernel into the guest's memory.
+/// Puts the kernel into the guest's memory; none if the guest has booted already.
 fn load(
     config: &MachineConfig,
     fds: &mut Descriptors,
     disks: &[Arc<LiveDisk>],
     ram: &GuestRam,
-) -> Result<Entry> {
+) -> Result<Option<Entry>> {
     use vm_memory::GuestAddressSpace;
+    if config.boot == BootConfig::Predecessor {
+        return Ok(None);
+    }
     let tables = acpi::build(&AcpiConfig { cpus: config.cpus })?;
     let memory = ram.ram().memory();
-    match &config.boot {
+    let entry = match &config.boot {
         BootConfig::Kernel {
             kernel,
             initrd,
@@ -322,5 +353,7 @@ fn load(
                 .ok_or_else(|| Observation::from(NoSuchDisk { disk: disk.clone() }))?;
             boot_disk::load(live, cmdline_append, &memory, &tables, ram.size())
         }
-    }
+        BootConfig::Predecessor => return Ok(None),
+    };
+    entry.map(Some)
 }

@@ -22,6 +22,7 @@ mod boot_disk;
 mod build;
 pub mod control;
 mod descriptors;
+mod handover;
 mod images;
 mod jobs;
 mod machine;

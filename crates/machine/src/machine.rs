@@ -8,7 +8,8 @@
 //!
 //! Whether the vCPUs run follows from three facts under one lock ([`Run`]): the guest was started,
 //! the daemon paused it, migrations hold it. So a migration's short hold and the daemon's pause may
-//! overlap in any order. The lock is taken by the control thread and by migrations' threads, never
+//! overlap in any order. A fourth says in which monitor the guest is ([`Place`], see `handover`). The
+//! lock is taken by the control thread and by migrations' threads, never
 //! by a vCPU's.
 
 use std::os::fd::OwnedFd;
@@ -22,6 +23,7 @@ use strake_devices::acpi_pm::AcpiPm;
 use strake_devices::console_hub::ConsoleHub;
 use strake_devices::lifecycle::{Component, Phase};
 use strake_kvm::Vm;
+use strake_memory::GuestRam;
 use strake_observe::{Observation, Result};
 
 use crate::Mailbox;
@@ -41,26 +43,62 @@ pub struct Machine {
     pub(crate) power: Arc<AcpiPm>,
     pub(crate) jobs: Jobs,
     pub(crate) mailbox: Arc<Mailbox>,
+    /// The tap of each interface, to be lent.
+    pub(crate) taps: Vec<(String, OwnedFd)>,
+    pub(crate) ram: GuestRam,
     /// Last, so that the devices' interrupts and doorbells go first.
-    pub(crate) _vm: Vm,
+    pub(crate) vm: Vm,
 }
 
 /// Why the vCPUs run or not.
 #[derive(Debug, Default)]
 pub(crate) struct Run {
     /// When the guest was started.
-    started: Option<Instant>,
+    pub(crate) started: Option<Instant>,
     /// The daemon paused it.
-    paused: bool,
+    pub(crate) paused: bool,
     /// How many migrations hold it.
-    holds: usize,
+    pub(crate) holds: usize,
     /// It is over.
-    stopped: bool,
+    pub(crate) stopped: bool,
+    /// Where it is.
+    pub(crate) place: Place,
+}
+
+/// Where the guest is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In this monitor.
+    #[default]
+    Here,
+    /// In this monitor since it came from another one, after it stood still for so long.
+    Arrived {
+        /// Microseconds.
+        pause_us: u64,
+    },
+    /// Still in the monitor that it comes from.
+    Awaited,
+    /// Received, and not yet this monitor's to run; it stood still since then.
+    Received {
+        /// Nanoseconds of the monotonic clock.
+        since_ns: u64,
+    },
+    /// Given away, unless that is called off.
+    Given,
 }
 
 impl Run {
-    fn shall_run(&self) -> bool {
-        self.started.is_some() && !self.paused && self.holds == 0 && !self.stopped
+    pub(crate) fn shall_run(&self) -> bool {
+        self.live() && !self.paused && self.holds == 0
+    }
+
+    /// Whether it was started, has not ended, and is this monitor's.
+    pub(crate) fn live(&self) -> bool {
+        self.started.is_some() && !self.stopped && self.is_here()
+    }
+
+    pub(crate) fn is_here(&self) -> bool {
+        matches!(self.place, Place::Here | Place::Arrived { .. })
     }
 }
 
@@ -89,6 +127,9 @@ impl Machine {
         if run.started.is_some() || run.stopped {
             return Err(wrong_state("start", "started already"));
         }
+        if !run.is_here() {
+            return Err(wrong_state("start", "waiting for its guest"));
+        }
         for component in &self.components {
             component.start()?;
         }
@@ -105,7 +146,7 @@ impl Machine {
     /// It does not run, or the vCPUs do not stop in time.
     pub fn pause(&self) -> Result<()> {
         let mut run = self.lock();
-        if run.started.is_none() || run.stopped {
+        if !run.live() {
             return Err(wrong_state("pause", "not running"));
         }
         if run.paused {
@@ -126,8 +167,8 @@ impl Machine {
     /// It was not started.
     pub fn resume(&self) -> Result<()> {
         let mut run = self.lock();
-        if run.started.is_none() || run.stopped {
-            return Err(wrong_state("resume", "not started"));
+        if !run.live() {
+            return Err(wrong_state("resume", "not running"));
         }
         if !run.paused {
             return Ok(());
@@ -147,7 +188,7 @@ impl Machine {
     /// The guest does not run.
     pub fn press_power_button(&self) -> Result<()> {
         let run = self.lock();
-        if run.started.is_none() || run.stopped {
+        if !run.live() {
             return Err(wrong_state("press the power button", "not running"));
         }
         self.power.press_power_button();
@@ -159,6 +200,9 @@ impl Machine {
     /// # Errors
     /// The console takes no more.
     pub fn attach_console(&self, stream: OwnedFd) -> Result<()> {
+        if !self.lock().is_here() {
+            return Err(wrong_state("attach a console", "in another monitor"));
+        }
         self.console.attach(stream)
     }
 
@@ -166,7 +210,7 @@ impl Machine {
     #[must_use]
     pub fn run_state(&self) -> RunState {
         let run = self.lock();
-        if run.started.is_none() {
+        if run.started.is_none() || matches!(run.place, Place::Awaited | Place::Received { .. }) {
             RunState::Built
         } else if run.paused {
             RunState::Paused
@@ -202,6 +246,9 @@ impl Machine {
     /// # Errors
     /// It is refused; nothing was changed.
     pub fn migrate(self: &Arc<Self>, request: MigrationRequest) -> Result<()> {
+        if !self.lock().is_here() {
+            return Err(wrong_state("migrate a disk", "in another monitor"));
+        }
         let hold: Arc<dyn Hold> = Arc::clone(self) as Arc<dyn Hold>;
         self.jobs.start(request, &self.disks, &hold, &self.mailbox)
     }
@@ -306,7 +353,7 @@ impl Machine {
         seen
     }
 
-    fn lock(&self) -> MutexGuard<'_, Run> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Run> {
         self.run.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -330,6 +377,9 @@ impl Hold for Machine {
                 }
             }
         };
+        if !run.is_here() {
+            return Err(wrong_state("pause", "in another monitor"));
+        }
         if run.shall_run() {
             let left = end.saturating_duration_since(Instant::now());
             self.vcpus.park_within(left)?;
@@ -347,7 +397,7 @@ impl Hold for Machine {
     }
 }
 
-fn wrong_state(asked: &str, state: &str) -> Observation {
+pub(crate) fn wrong_state(asked: &str, state: &str) -> Observation {
     WrongState {
         asked: asked.to_owned(),
         state: state.to_owned(),

@@ -282,7 +282,7 @@ impl Job {
 
     fn migrate(&mut self) -> Result<(), End> {
         self.journal.begin()?;
-        self.keep()?;
+        self.keep();
         self.still_there()?;
         self.journal.reach(Phase::Copying, Durable::Now)?;
         self.control.update(|status| status.phase = Phase::Copying);
@@ -353,12 +353,18 @@ impl Job {
         self.mirror(why)
     }
 
-    /// From now on a crash loses little of the work, if anything is to be kept.
-    fn keep(&mut self) -> Result<()> {
-        if let Some(file) = self.kept.take() {
-            self.keeper = Some(self.keeper(file)?);
+    /// From now on a crash loses little of the work, if anything is to be kept. A store that is full is no
+    /// reason not to move a disk away from it.
+    fn keep(&mut self) {
+        let Some(file) = self.kept.take() else {
+            return;
+        };
+        match self.keeper(file) {
+            Ok(keeper) => self.keeper = Some(keeper),
+            Err(seen) => {
+                strake_observe::recorder().record(seen, strake_observe::State::Open);
+            }
         }
-        Ok(())
     }
 
     fn keeper(&self, file: File) -> Result<Keeper> {

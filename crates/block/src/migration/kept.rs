@@ -353,11 +353,12 @@ fn write(shared: &Shared) {
         match written {
             Ok(()) => shared.claims.written(work),
             Err(seen) => {
-                // The job fails. Whoever waits goes on once nobody believes the file.
-                shared.fail(seen);
+                // The job goes on without, once nobody believes the file any more. If that cannot be said
+                // either, the job fails and the file is removed.
+                strake_observe::recorder().record(seen, strake_observe::State::Open);
                 let closed = lock(&shared.slots).close();
                 if let Err(seen) = closed {
-                    strake_observe::recorder().record(seen, strake_observe::State::Open);
+                    shared.fail(seen);
                 }
                 shared.claims.off();
                 return;

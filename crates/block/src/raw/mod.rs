@@ -286,6 +286,11 @@ impl Image for RawImage {
         let stat = rustix::fs::fstat(&self.file.fd).os("fstat", &self.file.path)?;
         Ok(stat.st_nlink == 0)
     }
+
+    fn files(&self) -> Result<Vec<OwnedFd>> {
+        let file = self.file.fd.try_clone().os("dup", &self.file.path)?;
+        Ok(vec![file])
+    }
 }
 
 impl RawFile {

@@ -14,7 +14,9 @@ use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strake_api::job::{JobId, LimitsChange};
-use strake_api::rest::{AddDatastore, CreateVm, Datastore, HostInfo, Job, MigrateDisk, StopVm, Vm};
+use strake_api::rest::{
+    AddDatastore, CreateVm, Datastore, HostInfo, Job, MigrateDisk, RestartVm, Restarted, StopVm, Vm,
+};
 use strake_observe::{Recorded, Result};
 
 pub use http::{Body, ConsoleReader, ConsoleStream, ConsoleWriter};
@@ -130,6 +132,16 @@ impl Client {
     /// See [`Client::host`].
     pub async fn stop(&self, name: &str, how: &StopVm) -> Result<Vm> {
         let path = format!("/v1/vms/{}/stop", segment(name));
+        let patience = PATIENCE + how.timeout_s.map_or(STOP_DEFAULT, Duration::from_secs);
+        self.post(&path, how, patience).await
+    }
+
+    /// Restarts a VM.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn restart(&self, name: &str, how: &RestartVm) -> Result<Restarted> {
+        let path = format!("/v1/vms/{}/restart", segment(name));
         let patience = PATIENCE + how.timeout_s.map_or(STOP_DEFAULT, Duration::from_secs);
         self.post(&path, how, patience).await
     }

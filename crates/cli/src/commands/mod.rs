@@ -12,11 +12,13 @@ mod logs;
 mod man;
 mod observations;
 mod ps;
+mod restart;
 mod rm;
 mod run;
 mod show;
 mod start;
 mod stop;
+mod upgrade;
 
 use clap::Subcommand;
 use strake_observe::Result;
@@ -69,6 +71,8 @@ commands! {
     Run(run, Own),
     Start(start, Said),
     Stop(stop, Said),
+    Restart(restart, Said),
+    Upgrade(upgrade, Said),
     Rm(rm, Said),
     Ps(ps, Plain),
     Show(show, Plain),

@@ -18,9 +18,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use strake_api::control::Request;
-use strake_api::rest::{StopVm, Vm, VmState};
+use strake_api::rest::{RestartVm, Restarted, StopVm, Vm, VmState};
 use strake_observe::{Because, Observation, Result, Task};
 
+use super::death::Death;
 use super::interrupted::Again;
 use super::launch::Launch;
 use super::live::{Cell, Live, Monitor, state_name};
@@ -32,14 +33,14 @@ use crate::monitor::connection::{Connection, Events, Greeting, QUICK};
 use crate::monitor::process::{Ending, Process};
 use crate::monitor::spawn;
 use crate::observations::{
-    MonitorBrokeOut, MonitorDied, MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable,
-    StartFailed, StartUnclear, StopFailed, StopTimedOut, WrongState,
+    MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable, StartFailed, StartUnclear,
+    StopFailed, StopTimedOut, WrongState,
 };
 use crate::storage::store::remove_file;
 
 /// How long a monitor may take to build its machine: it may have to read a kernel out of an image
 /// on a slow store.
-const CONFIGURE_PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const CONFIGURE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a guest has to shut down if nobody says otherwise.
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
@@ -201,29 +202,28 @@ impl Host {
             }
             Err(seen) => seen,
         };
-        // A monitor that ended by itself says more than the connection that it left.
-        let ended = newborn.end();
-        let death = ended.map(|(pid, how)| MonitorDied {
-            vm: name.clone(),
-            pid,
-            how: how.to_string(),
-        });
-        let broke_out = ended.filter(|(_, how)| how.broke_out());
-        let broke_out = broke_out.map(|_| MonitorBrokeOut {
-            vm: name.clone(),
-            log: crate::config::show(&log),
-        });
+        let told = self.end_of_newborn(newborn, name, &log);
         if let Err(more) = remove_file(&socket) {
             task.saw(more);
         }
-        let said = spawn::last_words(&log).map(|lines| MonitorSaid {
-            path: crate::config::show(&log),
-            lines,
-        });
-        Err(seen
-            .because_all(death.map(Observation::from))
-            .because_all(broke_out.map(Observation::from))
-            .because_all(said.map(Observation::from)))
+        Err(seen.because_all(told))
+    }
+
+    /// Ends a monitor that has no guest; tells how it ended if it did so by itself, and what it said
+    /// last: that says more than the connection that it left.
+    pub(super) fn end_of_newborn(
+        &self,
+        newborn: Newborn,
+        vm: &str,
+        log: &Path,
+    ) -> Option<Observation> {
+        match newborn.end() {
+            Some((pid, how)) => Some(self.monitor_died(vm, pid, Some(Death::Seen(how)), None)),
+            None => spawn::last_words(log).map(|lines| {
+                let path = crate::config::show(log);
+                MonitorSaid { path, lines }.into()
+            }),
+        }
     }
 
     /// From hello to the running guest. An error means that the guest does not run.
@@ -315,6 +315,27 @@ impl Host {
             self.wait_for_guest(&cell, &monitor, how)
         })?;
         self.vm(name)
+    }
+
+    /// Stops a VM and starts it again: its guest reboots, with everything as its spec says now.
+    ///
+    /// # Errors
+    /// As [`Host::stop`] and [`Host::start`].
+    pub fn restart(self: &Arc<Self>, name: &str, how: &RestartVm) -> Result<Restarted> {
+        let old_pid = self.vm(name)?.pid;
+        let stop = StopVm {
+            force: how.force,
+            timeout_s: how.timeout_s,
+        };
+        self.stop(name, &stop)?;
+        let vm = self.start(name)?;
+        Ok(Restarted {
+            vm,
+            pause_us: None,
+            old_pid,
+            old_version: None,
+            new_version: None,
+        })
     }
 
     /// The begin of a stop; `None` if there is no monitor to wait for.
@@ -446,7 +467,7 @@ fn keeps_running(cell: &Cell, monitor: &Arc<Monitor>) {
 const OWN_END_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A monitor's process before its guest runs: ended if anything fails.
-enum Newborn {
+pub(super) enum Newborn {
     /// What was started.
     Child(Child),
     /// The process that answered the hello.
@@ -456,9 +477,22 @@ enum Newborn {
 }
 
 impl Newborn {
+    pub(super) fn child(child: Child) -> Self {
+        Self::Child(child)
+    }
+
+    /// What the inventory records of it before it has said anything.
+    pub(super) fn identity(&self) -> Result<Option<(u32, u64)>> {
+        match self {
+            Self::Child(child) => Process::identity_of(child).map(Some),
+            Self::Held(process) => Ok(Some(process.identity())),
+            Self::Gone => Ok(None),
+        }
+    }
+
     /// Holds the process that answered the hello: the child itself, or its child if a jail put a
     /// process between.
-    fn hold(&mut self, greeting: &Greeting) -> Result<&Process> {
+    pub(super) fn hold(&mut self, greeting: &Greeting) -> Result<&Process> {
         let gone = || crate::observations::MonitorLost {
             request: "hello".to_owned(),
         };
@@ -472,7 +506,7 @@ impl Newborn {
         }
     }
 
-    fn keep(mut self) -> Result<Process> {
+    pub(super) fn keep(mut self) -> Result<Process> {
         match std::mem::replace(&mut self, Self::Gone) {
             Self::Held(process) => Ok(process),
             Self::Child(_) | Self::Gone => Err(crate::observations::Internal {
@@ -483,7 +517,7 @@ impl Newborn {
     }
 
     /// Ends it; tells how it ended if it did so by itself.
-    fn end(mut self) -> Option<(u32, Ending)> {
+    pub(super) fn end(mut self) -> Option<(u32, Ending)> {
         let process = match std::mem::replace(&mut self, Self::Gone) {
             Self::Held(process) => process,
             Self::Child(child) => {

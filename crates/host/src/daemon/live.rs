@@ -48,6 +48,11 @@ pub(super) struct Live {
 pub(super) struct Monitor {
     pub(super) process: Process,
     pub(super) started_ms: u64,
+    /// The version of its binary, if it was asked.
+    pub(super) version: Option<String>,
+    /// Held while the guest is being handed to another monitor, by whoever decides which of the two
+    /// has it; says whether it is the other one.
+    pub(super) retired: Mutex<bool>,
     connection: Mutex<Arc<Connection>>,
 }
 
@@ -56,8 +61,15 @@ impl Monitor {
         Self {
             process,
             started_ms,
+            version: None,
+            retired: Mutex::new(false),
             connection: Mutex::new(Arc::new(connection)),
         }
+    }
+
+    /// Whether its guest runs in another monitor; waits while that is being decided.
+    pub(super) fn is_retired(&self) -> bool {
+        *guard(&self.retired)
     }
 
     pub(super) fn connection(&self) -> Arc<Connection> {

@@ -23,6 +23,8 @@ mod commit;
 mod console;
 mod create;
 mod datastores;
+mod death;
+mod handover;
 mod housekeeping;
 mod interrupted;
 mod launch;

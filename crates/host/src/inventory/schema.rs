@@ -84,6 +84,11 @@ pub(super) const STEPS: &[&str] = &[
     ALTER TABLE jobs ADD COLUMN source_format TEXT NOT NULL DEFAULT 'raw';
     ALTER TABLE jobs ADD COLUMN destination_format TEXT NOT NULL DEFAULT 'raw';
 ",
+    // During a handover a VM has two monitors: `pid` is the one that may run its guest.
+    "
+    ALTER TABLE vms ADD COLUMN other_pid INTEGER;
+    ALTER TABLE vms ADD COLUMN other_pid_start INTEGER;
+",
     // A job keeps its progress in a file. When it is interrupted, it is recorded what its source
     // looked like then.
     "

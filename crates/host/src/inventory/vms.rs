@@ -64,6 +64,8 @@ pub struct VmRecord {
     pub last_exit: Option<ExitReason>,
     /// Its monitor's process and when that started, in clock ticks since boot.
     pub process: Option<(u32, u64)>,
+    /// During a handover the process of the other monitor, which may not run the guest.
+    pub other_process: Option<(u32, u64)>,
     /// When the guest was started, in milliseconds since the epoch.
     pub started_ms: Option<u64>,
     /// Its disks, in the spec's order.
@@ -242,7 +244,8 @@ impl Inventory {
             }
             let changed = tx.execute(
                 "UPDATE vms SET revision = revision + 1, state = 'starting', pid = NULL,
-                     pid_start = NULL, started_ms = NULL WHERE name = ?1",
+                     pid_start = NULL, started_ms = NULL, other_pid = NULL,
+                     other_pid_start = NULL WHERE name = ?1",
                 params![name],
             )?;
             match changed {
@@ -298,8 +301,76 @@ impl Inventory {
         self.change(
             name,
             "UPDATE vms SET revision = revision + 1, state = ?2, pid = NULL, pid_start = NULL,
-                 started_ms = NULL, last_exit = COALESCE(?3, last_exit) WHERE name = ?1",
+                 started_ms = NULL, other_pid = NULL, other_pid_start = NULL, last_exit = COALESCE(?3, last_exit) WHERE name = ?1",
             params![name, state.name(), why],
+        )
+    }
+
+    /// Notes the process of a monitor that is to take the VM over.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_handover_begins(&self, name: &str, other: (u32, u64)) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, other_pid = ?2, other_pid_start = ?3
+                 WHERE name = ?1",
+            params![name, other.0, to_sql(other.1)],
+        )
+    }
+
+    /// The decision of a handover: from now on the guest is `to`'s, and its VM is `spec`, if that
+    /// changes. `from` must be whose it was. Does not wait for the disk, because the guest waits: a
+    /// loss of power ends both monitors anyway.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`] if the guest is not `from`'s any more, or the inventory cannot be written.
+    pub fn vm_handed_over(
+        &self,
+        name: &str,
+        from: (u32, u64),
+        to: (u32, u64),
+        spec: Option<&VmSpec>,
+    ) -> Result<()> {
+        let spec = spec.map(|spec| to_json(name, spec)).transpose()?;
+        self.write_soon("hand a VM over", |tx| {
+            let changed = tx.execute(
+                "UPDATE vms SET revision = revision + 1, other_pid = pid,
+                     other_pid_start = pid_start, pid = ?2, pid_start = ?3,
+                     spec = COALESCE(?6, spec)
+                     WHERE name = ?1 AND state = 'running' AND pid = ?4 AND pid_start = ?5",
+                params![name, to.0, to_sql(to.1), from.0, to_sql(from.1), spec],
+            )?;
+            match changed {
+                0 => Err(missing(name).into()),
+                _ => Ok(()),
+            }
+        })
+    }
+
+    /// Makes certain that the guest is still `from`'s.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_handover_called_off(&self, name: &str, from: (u32, u64)) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, other_pid = NULL, other_pid_start = NULL,
+                 pid = ?2, pid_start = ?3 WHERE name = ?1",
+            params![name, from.0, to_sql(from.1)],
+        )
+    }
+
+    /// Notes that only the monitor that has the guest is left.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_handover_ended(&self, name: &str) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, other_pid = NULL, other_pid_start = NULL
+                 WHERE name = ?1",
+            params![name],
         )
     }
 
@@ -425,13 +496,15 @@ struct Raw {
     pid: Option<u32>,
     pid_start: Option<i64>,
     started_ms: Option<i64>,
+    other_pid: Option<u32>,
+    other_pid_start: Option<i64>,
 }
 
 fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
     let raw = db
         .query_row(
-            "SELECT revision, spec, state, last_exit, pid, pid_start, started_ms
-                 FROM vms WHERE name = ?1",
+            "SELECT revision, spec, state, last_exit, pid, pid_start, started_ms, other_pid,
+                 other_pid_start FROM vms WHERE name = ?1",
             [name],
             |row| {
                 Ok(Raw {
@@ -442,6 +515,8 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
                     pid: row.get(4)?,
                     pid_start: row.get(5)?,
                     started_ms: row.get(6)?,
+                    other_pid: row.get(7)?,
+                    other_pid_start: row.get(8)?,
                 })
             },
         )
@@ -476,6 +551,7 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
             .map(|why| from_json(&record, &why))
             .transpose()?,
         process: raw.pid.zip(raw.pid_start.map(from_sql)),
+        other_process: raw.other_pid.zip(raw.other_pid_start.map(from_sql)),
         started_ms: raw.started_ms.map(from_sql),
         disks,
         nics,

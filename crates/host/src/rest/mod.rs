@@ -18,7 +18,7 @@ use axum::routing::{delete, get, post};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strake_api::job::{JobId, LimitsChange};
-use strake_api::rest::{AddDatastore, CreateVm, MigrateDisk, StopVm};
+use strake_api::rest::{AddDatastore, CreateVm, MigrateDisk, RestartVm, StopVm};
 use strake_observe::{Observation, Result};
 
 use crate::Host;
@@ -37,6 +37,7 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}", get(vm).delete(remove))
         .route("/v1/vms/{name}/start", post(start))
         .route("/v1/vms/{name}/stop", post(stop))
+        .route("/v1/vms/{name}/restart", post(restart))
         .route("/v1/vms/{name}/log", get(log))
         .route("/v1/vms/{name}/console", post(console::attach))
         .route("/v1/vms/{name}/disks/{disk}/migrate", post(migrate))
@@ -123,6 +124,22 @@ async fn stop(State(host): Shared, Path(name): Path<String>, bytes: Bytes) -> An
         body(&bytes)?
     };
     answer(host, StatusCode::OK, move |host| host.stop(&name, &how)).await
+}
+
+async fn restart(State(host): Shared, Path(name): Path<String>, bytes: Bytes) -> Answer {
+    let how: RestartVm = if bytes.is_empty() {
+        RestartVm::default()
+    } else {
+        body(&bytes)?
+    };
+    answer(host, StatusCode::OK, move |host| {
+        if how.fast {
+            host.restart_fast(&name, None)
+        } else {
+            host.restart(&name, &how)
+        }
+    })
+    .await
 }
 
 async fn log(State(host): Shared, Path(name): Path<String>, RawQuery(raw): RawQuery) -> Answer {

@@ -1,10 +1,11 @@
 //! What each request does.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use strake_api::control::{
-    Body, ExitReason, KeepConfig, PROTOCOL_VERSION, Reply, Request, RunState, VmStatus,
+    Body, ExitReason, KeepConfig, Lent, PROTOCOL_VERSION, Reply, Request, RunState, VmStatus,
 };
 use strake_block::{Access, Keep};
 use strake_observe::{Observation, Result};
@@ -16,16 +17,30 @@ use crate::{Descriptors, Machine, MigrationRequest};
 
 impl Server {
     /// Does what a packet asks. Descriptors that the request does not use are closed.
-    pub(super) fn answer(&mut self, body: Body, fds: Descriptors) -> Reply {
-        let Body::Request(request) = body else {
-            return Reply::Failed(
+    pub(super) fn answer(&mut self, body: Body, fds: Descriptors) -> (Reply, Vec<OwnedFd>) {
+        let alone = |reply| (reply, Vec::new());
+        match body {
+            Body::Request(Request::Lend) => match self.lend() {
+                Ok((lent, fds)) => (Reply::Lent(lent), fds),
+                Err(seen) => alone(Reply::Failed(seen)),
+            },
+            Body::Request(request) => {
+                alone(self.perform(request, fds).unwrap_or_else(Reply::Failed))
+            }
+            _ => alone(Reply::Failed(
                 BadPacket {
                     reason: "it is not a request".to_owned(),
                 }
                 .into(),
-            );
-        };
-        self.perform(request, fds).unwrap_or_else(Reply::Failed)
+            )),
+        }
+    }
+
+    fn lend(&self) -> Result<(Lent, Vec<OwnedFd>)> {
+        if !self.greeted() {
+            return Err(HelloMissing {}.into());
+        }
+        self.live("lend what it has")?.lend()
     }
 
     fn perform(&mut self, request: Request, mut fds: Descriptors) -> Result<Reply> {
@@ -53,6 +68,29 @@ impl Server {
             Request::AttachConsole { stream } => {
                 let stream = fds.take(stream, "the console")?;
                 self.live("attach a console")?.attach_console(stream)?;
+            }
+            Request::Lend => {
+                return Err(BadPacket {
+                    reason: "it was answered elsewhere".to_owned(),
+                }
+                .into());
+            }
+            Request::HandOver { records } => {
+                let records = fds.take(records, "the records")?;
+                self.live("hand the guest over")?.hand_over(records)?;
+            }
+            Request::CallOff => self.live("call the handover off")?.call_off()?,
+            Request::Retire => {
+                self.any("retire")?.may_retire()?;
+                self.retire();
+            }
+            Request::Receive { records } => {
+                let records = fds.take(records, "the records")?;
+                self.live("receive a guest")?.receive(records)?;
+            }
+            Request::TakeOver => {
+                let pause_us = self.live("take a guest over")?.take_over()?;
+                return Ok(Reply::TookOver { pause_us });
             }
             Request::MigrateDisk {
                 job,
