@@ -89,6 +89,9 @@ pub enum Request {
     },
     /// Builds the machine; the guest does not run yet. Once per process.
     Configure(Box<MachineConfig>),
+    /// Builds an export instead of a machine: a disk that other programs use. Everything else is as
+    /// with a machine: it is started, its disk is migrated, it is stopped. Once per process.
+    ConfigureExport(Box<ExportConfig>),
     /// Runs the guest from its start.
     Start,
     /// Pauses the vCPUs.
@@ -371,6 +374,68 @@ pub struct MachineConfig {
     /// An empty file that outlives the monitor, for its last observations.
     #[serde(default)]
     pub observations: Option<FdIndex>,
+}
+
+/// Everything a monitor needs to build an export: a disk with front-ends instead of a guest. As in
+/// [`MachineConfig`] the monitor opens nothing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExportConfig {
+    /// The export's name.
+    pub export: String,
+    /// Its disk. The slot means nothing here.
+    pub disk: DiskConfig,
+    /// By what other programs use it; at least one.
+    pub front_ends: Vec<FrontEndConfig>,
+    /// An empty file that outlives the monitor, for its last observations.
+    #[serde(default)]
+    pub observations: Option<FdIndex>,
+}
+
+/// A way by which other programs use a disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum FrontEndConfig {
+    /// vhost-user-blk.
+    VhostUser {
+        /// A listening unix stream socket.
+        listener: FdIndex,
+    },
+    /// NBD.
+    Nbd(NbdConfig),
+}
+
+/// NBD.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NbdConfig {
+    /// A listening stream socket.
+    pub listener: FdIndex,
+    /// Of which kind the socket is.
+    pub transport: Transport,
+    /// The name by which clients ask for the disk.
+    pub name: String,
+    /// The files for TLS, if only clients with certificates may connect.
+    pub tls: Option<TlsFiles>,
+}
+
+/// Of which kind a stream socket is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// A unix socket.
+    Unix,
+    /// TCP.
+    Tcp,
+}
+
+/// Files for TLS, in PEM, open for reading.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TlsFiles {
+    /// The authority whose certificates the other side must have.
+    pub authority: FdIndex,
+    /// This side's certificate.
+    pub certificate: FdIndex,
+    /// Its private key.
+    pub key: FdIndex,
 }
 
 /// The guest's RAM: one memfd, mapped below and above the hole under 4 GiB.

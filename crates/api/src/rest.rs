@@ -16,6 +16,11 @@
 //! | `GET /v1/jobs` | list of [`Job`] |
 //! | `GET /v1/jobs/{id}` | [`Job`] |
 //! | `POST /v1/jobs/{id}/cancel` | [`Job`] |
+//! | `GET /v1/exports` | list of [`Export`] |
+//! | `POST /v1/exports` with [`CreateExport`] | [`Export`] |
+//! | `GET /v1/exports/{name}` | [`Export`] |
+//! | `POST /v1/exports/{name}/start` | [`Export`] |
+//! | `DELETE /v1/exports/{name}` | – |
 //! | `POST /v1/jobs/{id}/pause` | [`Job`] |
 //! | `POST /v1/jobs/{id}/resume` | [`Job`] |
 //! | `POST /v1/jobs/{id}/set` with [`LimitsChange`](crate::job::LimitsChange) | [`Job`] |
@@ -30,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use strake_observe::Observation;
 
 use crate::control::{DiskCounters, ExitReason};
+use crate::export::{ExportSpec, NbdListen};
 use crate::image::ImageFormat;
 use crate::job::{MigrationLimits, MigrationStatus};
 use crate::spec::VmSpec;
@@ -228,6 +234,52 @@ pub struct Job {
     pub limits: MigrationLimits,
     /// Progress.
     pub status: MigrationStatus,
+}
+
+/// Asks for a new export. Its disk is `POST /v1/vms/{name}/disks/{disk}/migrate`d as a VM's is.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateExport {
+    /// Its name, by the same rule as for VMs and different from all of theirs.
+    pub name: String,
+    /// `VM/DISK` of a stopped VM, `DATASTORE:FILE`, or an absolute path.
+    pub source: String,
+    /// The format of an image; the end of its name tells if it is absent.
+    #[serde(default)]
+    pub format: Option<ImageFormat>,
+    /// Whether clients may not write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// See [`ExportSpec::vhost_user`].
+    #[serde(default)]
+    pub vhost_user: Option<String>,
+    /// See [`ExportSpec::nbd`].
+    #[serde(default)]
+    pub nbd: Option<NbdListen>,
+    /// See [`ExportSpec::tls_dir`].
+    #[serde(default)]
+    pub tls_dir: Option<String>,
+}
+
+/// An export as the inventory knows it, with its monitor's view where one runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Export {
+    /// Its name.
+    pub name: String,
+    /// What it does: `running` is being served.
+    pub state: VmState,
+    /// What it is.
+    pub spec: ExportSpec,
+    /// The NBD URI of a client on this host.
+    pub nbd_uri: Option<String>,
+    /// The monitor's process, while one runs.
+    pub pid: Option<u32>,
+    /// Milliseconds since it started.
+    pub uptime_ms: Option<u64>,
+    /// Why it last ended.
+    pub last_exit: Option<ExitReason>,
+    /// Its disk and where it is.
+    pub disk: Disk,
 }
 
 /// Asks for a new datastore.

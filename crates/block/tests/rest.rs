@@ -283,3 +283,35 @@ fn vcpus_that_do_not_stand_in_time_are_asked_again() {
     );
     verify(bench.disk.image().as_ref(), &bench.guest.stop());
 }
+
+#[test]
+fn a_thick_destination_keeps_its_space_where_zeroes_come() {
+    use std::os::unix::fs::MetadataExt;
+    for (space, method) in [
+        (Space::Thick, Method::Dirty),
+        (Space::Thick, Method::Mirror),
+        (Space::Thin, Method::Dirty),
+    ] {
+        let dir = dir();
+        let (a, b) = two(&dir);
+        let source = create(&a, SIZE);
+        Blocking::new(source.as_ref())
+            .unwrap()
+            .write(4 << 20, &[7; 4096])
+            .unwrap();
+        // Something that is to become zeroes.
+        std::fs::write(&b, vec![1; SIZE as usize]).unwrap();
+        let disk = LiveDisk::new("root", Arc::clone(&source));
+        let limits = MigrationLimits {
+            space,
+            bytes_per_second: None,
+            ..slow(method)
+        };
+        let to = common::open(&b);
+        let job = Job::start(&disk, &to, limits).unwrap();
+        assert_eq!(job.finish(true).phase, Phase::Completed);
+        common::same(source.as_ref(), to.as_ref(), SIZE);
+        let taken = std::fs::metadata(&b).unwrap().blocks() * 512;
+        assert_eq!(taken >= SIZE, space == Space::Thick, "{space:?}: {taken}");
+    }
+}

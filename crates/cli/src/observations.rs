@@ -157,6 +157,14 @@ strake_observe::catalog! {
     text "whoever read the output closed it";
     remedy "none is needed";
 
+    /// An address for NBD clients makes no sense.
+    AddressUnusable("cli.address-unusable") {
+        /// Why not.
+        reason: String,
+    }
+    text "nobody can be served there: {reason}";
+    remedy "give the path of a socket, or a host's name and a port as HOST:PORT";
+
     /// There is no such command to show the manual of.
     NoSuchCommand("cli.no-such-command") {
         /// What was asked for.

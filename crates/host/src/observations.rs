@@ -108,6 +108,60 @@ strake_observe::catalog! {
     text "there is already a VM '{vm}'";
     remedy "choose another name, or remove it first with `strake rm {vm}`";
 
+    /// A name belongs to an export where a VM's is wanted.
+    NotAVm("host.not-a-vm") {
+        /// The name.
+        name: String,
+    }
+    text "'{name}' is an export, not a VM";
+    remedy "`strake export ls` shows the exports; `strake disk migrate` and `strake jobs` work on both";
+
+    /// A name belongs to a VM where an export's is wanted, or to nobody.
+    NoSuchExport("host.no-such-export") {
+        /// The name.
+        export: String,
+    }
+    text "there is no export '{export}'";
+    remedy "`strake export ls` lists the exports";
+
+    /// A disk is exported.
+    DiskExported("host.disk-exported") {
+        /// The VM.
+        vm: String,
+        /// The disk.
+        disk: String,
+        /// The export.
+        export: String,
+    }
+    text "disk '{disk}' of VM '{vm}' is exported as '{export}'";
+    remedy "end the export first with `strake export rm {export}`";
+
+    /// An export could not be made.
+    ExportFailed("host.export-failed") {
+        /// Its name.
+        export: String,
+    }
+    text "export '{export}' was not made";
+    remedy "see the cause below";
+
+    /// An export could not be ended.
+    ExportNotRemoved("host.export-not-removed") {
+        /// Its name.
+        export: String,
+    }
+    text "export '{export}' was not removed";
+    remedy "see the cause below, then try again";
+
+    /// A socket for clients cannot be had.
+    ListenRefused("host.listen-refused") {
+        /// The address.
+        address: String,
+        /// Why not.
+        reason: String,
+    }
+    text "clients cannot be served at {address}: {reason}";
+    remedy "choose another address, or free this one";
+
     /// No such disk.
     NoSuchDisk("host.no-such-disk") {
         /// The VM.

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use strake_api::control::{BootConfig, ConsoleKind, MachineConfig};
+use strake_api::control::{BootConfig, ConsoleKind, DiskConfig, MachineConfig};
 use strake_arch::acpi::{self, AcpiConfig};
 use strake_arch::boot::{self, Entry};
 use strake_arch::{cpuid, layout, msr};
@@ -30,7 +30,7 @@ use crate::adapters::KvmPlatform;
 use crate::boot_disk;
 use crate::images;
 use crate::jobs::Jobs;
-use crate::machine::{Place, Run};
+use crate::machine::{Guest, Place, Run};
 use crate::observations::{BadConfig, BuildFailed, NoSuchDisk};
 use crate::platform::Platform;
 use crate::vcpus::{Crew, Vcpus};
@@ -122,13 +122,15 @@ impl Machine {
             vcpus,
             components,
             disks,
-            console,
-            power,
             jobs: Jobs::default(),
             mailbox: Arc::clone(mailbox),
-            taps,
-            ram,
-            vm,
+            guest: Some(Guest {
+                console,
+                power,
+                taps,
+                ram,
+                vm,
+            }),
         }))
     }
 }
@@ -185,21 +187,32 @@ fn check(config: &MachineConfig) -> Result<()> {
             ));
         }
     }
-    for disk in &config.disks {
-        if disk.queues == 0 || disk.queues > QUEUES_MAX {
-            return bad(format!(
-                "disk '{}' has {} queues; there are 1 to {QUEUES_MAX}",
-                disk.name, disk.queues
-            ));
-        }
-        if disk.serial.len() > SERIAL_MAX {
-            return bad(format!(
-                "the serial number of disk '{}' exceeds {SERIAL_MAX} bytes",
-                disk.name
-            ));
-        }
+    config
+        .disks
+        .iter()
+        .try_for_each(|disk| check_disk(&config.vm, disk))
+}
+
+/// What a disk must be, whoever uses it.
+pub(crate) fn check_disk(vm: &str, disk: &DiskConfig) -> Result<()> {
+    let reason = if disk.queues == 0 || disk.queues > QUEUES_MAX {
+        format!(
+            "disk '{}' has {} queues; there are 1 to {QUEUES_MAX}",
+            disk.name, disk.queues
+        )
+    } else if disk.serial.len() > SERIAL_MAX {
+        format!(
+            "the serial number of disk '{}' exceeds {SERIAL_MAX} bytes",
+            disk.name
+        )
+    } else {
+        return Ok(());
+    };
+    Err(BadConfig {
+        vm: vm.to_owned(),
+        reason,
     }
-    Ok(())
+    .into())
 }
 
 fn create_vcpus(kvm: &Kvm, vm: &Vm, count: u8) -> Result<Vec<Vcpu>> {
@@ -231,29 +244,43 @@ fn add_disks(
 ) -> Result<Vec<Arc<LiveDisk>>> {
     let mut disks = Vec::new();
     for disk in &config.disks {
-        let access = if disk.read_only {
-            Access::ReadOnly
-        } else {
-            Access::ReadWrite
-        };
-        let purpose = format!("the image of disk '{}'", disk.name);
-        let image = images::open(&disk.image, access, &purpose, fds)?;
-        let live = LiveDisk::new(disk.name.clone(), image);
-        let observer = Arc::clone(mailbox);
-        live.set_observer(Arc::new(move |seen| observer.observe(seen)));
-        let device = VirtioBlk::new(
-            format!("blk-{}", disk.name),
-            Arc::clone(&live),
-            &BlkConfig {
-                queues: disk.queues,
-                serial: disk.serial.clone(),
-                read_only: disk.read_only,
-            },
-        )?;
-        slots.add(disk.slot, device)?;
+        let live = open_disk(disk, fds, mailbox)?;
+        slots.add(disk.slot, blk(disk, &live)?)?;
         disks.push(live);
     }
     Ok(disks)
+}
+
+/// The disk over its image.
+pub(crate) fn open_disk(
+    disk: &DiskConfig,
+    fds: &mut Descriptors,
+    mailbox: &Arc<Mailbox>,
+) -> Result<Arc<LiveDisk>> {
+    let access = if disk.read_only {
+        Access::ReadOnly
+    } else {
+        Access::ReadWrite
+    };
+    let purpose = format!("the image of disk '{}'", disk.name);
+    let image = images::open(&disk.image, access, &purpose, fds)?;
+    let live = LiveDisk::new(disk.name.clone(), image);
+    let observer = Arc::clone(mailbox);
+    live.set_observer(Arc::new(move |seen| observer.observe(seen)));
+    Ok(live)
+}
+
+/// The device that a guest sees of it.
+pub(crate) fn blk(disk: &DiskConfig, live: &Arc<LiveDisk>) -> Result<VirtioBlk> {
+    VirtioBlk::new(
+        format!("blk-{}", disk.name),
+        Arc::clone(live),
+        &BlkConfig {
+            queues: disk.queues,
+            serial: disk.serial.clone(),
+            read_only: disk.read_only,
+        },
+    )
 }
 
 fn add_nics(

@@ -91,13 +91,14 @@ impl Machine {
             fds.push(fd);
             FdIndex(u8::try_from(fds.len() - 1).unwrap_or(u8::MAX))
         };
-        let memory = add(self.ram.memfd()?);
+        let guest = self.guest("lend what it has")?;
+        let memory = add(guest.ram.memfd()?);
         let mut images = Vec::new();
         for disk in &self.disks {
             images.extend(disk.image().files()?.into_iter().map(&mut add));
         }
         let mut taps = Vec::new();
-        for (nic, tap) in &self.taps {
+        for (nic, tap) in &guest.taps {
             taps.push(LentTap {
                 nic: nic.clone(),
                 tap: add(tap.try_clone().os("dup", nic)?),
@@ -193,7 +194,8 @@ impl Machine {
         }
         let (bytes, streams) = receive(UnixStream::from(stream)).because_of(failed)?;
         let records = Records::decode(&bytes).because_of(failed)?;
-        self.console.bring(streams);
+        let guest = self.guest("receive a guest").because_of(failed)?;
+        guest.console.bring(streams);
         let saved = self.restore_all(records).because_of(failed)?;
         let uptime = Duration::from_millis(saved.uptime_ms);
         run.started = Some(
@@ -241,6 +243,7 @@ impl Machine {
     }
 
     fn save_all(&self, run: &Run, stopped_ns: u64) -> Result<(Records, Vec<OwnedFd>)> {
+        let guest = self.guest("hand the guest over")?;
         let mut records = Records::default();
         let vcpus = self.vcpus.park_and_save()?;
         for component in self.components.iter().rev() {
@@ -252,7 +255,7 @@ impl Machine {
             &SavedMachine {
                 vm: self.name.clone(),
                 cpus: u8::try_from(vcpus.len()).unwrap_or(u8::MAX),
-                memory: self.ram.size(),
+                memory: guest.ram.size(),
                 paused: run.paused,
                 uptime_ms: u64::try_from(uptime).unwrap_or(u64::MAX),
                 stopped_ns,
@@ -261,14 +264,15 @@ impl Machine {
         for (index, vcpu) in vcpus.iter().enumerate() {
             records.put(&vcpu_name(index), vcpu)?;
         }
-        records.put(VM, &self.vm.save()?)?;
+        records.put(VM, &guest.vm.save()?)?;
         for component in &self.components {
             component.save(&mut records)?;
         }
-        Ok((records, self.console.streams()?))
+        Ok((records, guest.console.streams()?))
     }
 
     fn restore_all(&self, mut records: Records) -> Result<SavedMachine> {
+        let guest = self.guest("receive a guest")?;
         let saved: SavedMachine = records.take(MACHINE)?;
         let differs = |what: &str, saved: String, found: String| -> Result<()> {
             Err(ShapeDiffers {
@@ -286,7 +290,7 @@ impl Machine {
         if usize::from(saved.cpus) != cpus {
             differs("vCPUs:", saved.cpus.to_string(), cpus.to_string())?;
         }
-        let size = self.ram.size();
+        let size = guest.ram.size();
         if saved.memory != size {
             differs(
                 "bytes of memory:",
@@ -299,7 +303,7 @@ impl Machine {
             .collect::<Result<Vec<_>>>()?;
         self.vcpus.restore(vcpus)?;
         let vm: SavedVm = records.take(VM)?;
-        self.vm.restore(&vm)?;
+        guest.vm.restore(&vm)?;
         for component in &self.components {
             component.restore(&mut records)?;
         }

@@ -39,14 +39,19 @@ pub struct Machine {
     /// In the order in which they are started; they are brought to rest in the opposite one.
     pub(crate) components: Vec<Arc<dyn Component>>,
     pub(crate) disks: Vec<Arc<LiveDisk>>,
-    pub(crate) console: Arc<ConsoleHub>,
-    pub(crate) power: Arc<AcpiPm>,
     pub(crate) jobs: Jobs,
     pub(crate) mailbox: Arc<Mailbox>,
+    /// Absent in an export. Last, so that the devices' interrupts and doorbells go first.
+    pub(crate) guest: Option<Guest>,
+}
+
+/// What only a machine with a guest has.
+pub(crate) struct Guest {
+    pub(crate) console: Arc<ConsoleHub>,
+    pub(crate) power: Arc<AcpiPm>,
     /// The tap of each interface, to be lent.
     pub(crate) taps: Vec<(String, OwnedFd)>,
     pub(crate) ram: GuestRam,
-    /// Last, so that the devices' interrupts and doorbells go first.
     pub(crate) vm: Vm,
 }
 
@@ -191,7 +196,8 @@ impl Machine {
         if !run.live() {
             return Err(wrong_state("press the power button", "not running"));
         }
-        self.power.press_power_button();
+        let guest = self.guest("press the power button")?;
+        guest.power.press_power_button();
         Ok(())
     }
 
@@ -203,7 +209,14 @@ impl Machine {
         if !self.lock().is_here() {
             return Err(wrong_state("attach a console", "in another monitor"));
         }
-        self.console.attach(stream)
+        self.guest("attach a console")?.console.attach(stream)
+    }
+
+    /// What only a machine with a guest has.
+    pub(crate) fn guest(&self, asked: &str) -> Result<&Guest> {
+        self.guest
+            .as_ref()
+            .ok_or_else(|| wrong_state(asked, "an export"))
     }
 
     /// Its state, as long as its guest has not ended.
@@ -349,7 +362,9 @@ impl Machine {
             }
         }
         // What the guest said last reaches the log.
-        self.console.close();
+        if let Some(guest) = &self.guest {
+            guest.console.close();
+        }
         seen
     }
 

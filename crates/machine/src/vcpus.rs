@@ -120,6 +120,14 @@ impl Vcpus {
         Ok(this)
     }
 
+    /// Those of an export: none.
+    pub(crate) fn none() -> Self {
+        Self {
+            crew: Crew::new(&[]),
+            threads: Mutex::default(),
+        }
+    }
+
     /// Lets all of them run.
     pub(crate) fn let_run(&self) {
         self.crew.change(Want::Run);

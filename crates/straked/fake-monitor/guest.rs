@@ -7,8 +7,8 @@ use std::process::{abort, exit};
 use std::sync::Arc;
 
 use strake_api::control::{
-    BootConfig, DiskCounters, DiskStatus, Event, ExitReason, FdIndex, Lent, MachineConfig, Reply,
-    Request, RunState, VmStatus,
+    BootConfig, DiskConfig, DiskCounters, DiskStatus, Event, ExitReason, ExportConfig, FdIndex,
+    Lent, MachineConfig, Reply, Request, RunState, VmStatus,
 };
 use strake_api::job::Progress;
 
@@ -72,8 +72,39 @@ impl Machine {
         if let Some(file) = config.observations.and_then(|index| fds.take(index)) {
             recorder().outlive(Ring::new(File::from(file)));
         }
-        let disks = config
-            .disks
+        let mut machine = Self::over(&config.vm, &config.disks, log.into(), memory, cmdline, fds);
+        if matches!(config.boot, BootConfig::Predecessor) {
+            machine.place = Place::Awaited;
+        }
+        machine
+    }
+
+    /// An export: it listens at nothing, but holds what it was given.
+    pub(crate) fn export(config: &ExportConfig, fds: Vec<OwnedFd>) -> Self {
+        let log = File::options().write(true).open("/dev/null");
+        let log = log.unwrap_or_else(|_| exit(4));
+        let disks = std::slice::from_ref(&config.disk);
+        let memory = log.try_clone().unwrap_or_else(|_| exit(4));
+        let fds = Fds::new(fds);
+        Self::over(
+            &config.export,
+            disks,
+            log,
+            memory.into(),
+            String::new(),
+            fds,
+        )
+    }
+
+    fn over(
+        name: &str,
+        disks: &[DiskConfig],
+        log: File,
+        memory: OwnedFd,
+        cmdline: String,
+        mut fds: Fds,
+    ) -> Self {
+        let disks = disks
             .iter()
             .map(|disk| {
                 let image = images::open(&disk.image, disk.read_only, &mut fds);
@@ -89,19 +120,16 @@ impl Machine {
             })
             .collect();
         Self {
-            name: config.vm.clone(),
+            name: name.to_owned(),
             cmdline,
             disks,
             consoles: Vec::new(),
             jobs: Vec::new(),
             ends_when_alone: false,
             accepts: Late::No,
-            log: File::from(log),
+            log,
             state: RunState::Built,
-            place: match config.boot {
-                BootConfig::Predecessor => Place::Awaited,
-                _ => Place::Here,
-            },
+            place: Place::Here,
             memory,
             _others: fds.rest(),
         }
@@ -225,6 +253,7 @@ impl Machine {
             },
             Request::Hello { .. }
             | Request::Configure(_)
+            | Request::ConfigureExport(_)
             | Request::Stop
             | Request::Dismiss
             | Request::Lend

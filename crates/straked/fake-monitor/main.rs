@@ -265,6 +265,10 @@ impl Monitor {
                 self.machine = Some(Machine::new(&config, cmdline, fds));
                 return Some(Reply::Done);
             }
+            Request::ConfigureExport(config) => {
+                self.machine = Some(Machine::export(&config, fds));
+                return Some(Reply::Done);
+            }
             Request::Stop => {
                 self.stopped = true;
                 self.events

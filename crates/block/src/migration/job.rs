@@ -541,6 +541,7 @@ impl Job {
         let result = self.copier.run(Run {
             plan,
             fresh,
+            space: self.limits.space,
             room: &mut room,
             pace,
             tune: &mut tune,

@@ -15,7 +15,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strake_api::job::{JobId, LimitsChange};
 use strake_api::rest::{
-    AddDatastore, CreateVm, Datastore, HostInfo, Job, MigrateDisk, RestartVm, Restarted, StopVm, Vm,
+    AddDatastore, CreateExport, CreateVm, Datastore, Export, HostInfo, Job, MigrateDisk, RestartVm,
+    Restarted, StopVm, Vm,
 };
 use strake_observe::{Recorded, Result};
 
@@ -250,6 +251,50 @@ impl Client {
     /// See [`Client::host`].
     pub async fn remove_datastore(&self, name: &str) -> Result<()> {
         let path = format!("/v1/datastores/{}", segment(name));
+        self.exchange::<()>(Method::DELETE, &path, None, PATIENCE)
+            .await
+            .map(|_| ())
+    }
+
+    /// All exports.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn exports(&self) -> Result<Vec<Export>> {
+        self.get("/v1/exports").await
+    }
+
+    /// One export.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn export(&self, name: &str) -> Result<Export> {
+        self.get(&format!("/v1/exports/{}", segment(name))).await
+    }
+
+    /// Adds an export and serves it.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn create_export(&self, export: &CreateExport) -> Result<Export> {
+        self.post("/v1/exports", export, PATIENCE).await
+    }
+
+    /// Serves an export again.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn start_export(&self, name: &str) -> Result<Export> {
+        let path = format!("/v1/exports/{}/start", segment(name));
+        self.post(&path, &serde_json::json!({}), PATIENCE).await
+    }
+
+    /// Ends an export; its image stays.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn remove_export(&self, name: &str) -> Result<()> {
+        let path = format!("/v1/exports/{}", segment(name));
         self.exchange::<()>(Method::DELETE, &path, None, PATIENCE)
             .await
             .map(|_| ())

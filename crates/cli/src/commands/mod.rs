@@ -6,6 +6,7 @@ mod create;
 mod datastore;
 mod disk;
 mod doctor;
+mod export;
 mod jobs;
 mod limits;
 mod logs;
@@ -80,6 +81,7 @@ commands! {
     Logs(logs, Own),
     Datastore(datastore, Said),
     Disk(disk, Own),
+    Export(export, Said),
     Jobs(jobs, Own),
     Observations(observations, Plain),
     Completion(completion, Plain),

@@ -33,7 +33,7 @@ use super::{Host, guard, note, private, task};
 use crate::FileIdentity;
 use crate::config::show;
 use crate::crash;
-use crate::inventory::{DiskRecord, VmRecord};
+use crate::inventory::{DiskRecord, VmRecord, Workload};
 use crate::monitor::connection::{Connection, Events, QUICK};
 use crate::monitor::descriptors::Descriptors;
 use crate::monitor::process::Process;
@@ -157,6 +157,8 @@ impl Host {
     /// [`HandoverFailed`]: the guest goes on in the monitor that it was in. [`TakeOverUnclear`] if
     /// the new one has it and does not answer.
     pub fn restart_fast(self: &Arc<Self>, name: &str, spec: Option<&VmSpec>) -> Result<Restarted> {
+        // An export has no guest to move.
+        self.inventory.vm(name)?.spec()?;
         let cell = self.cell(name)?;
         let operation = guard(&cell.operation);
         let failed = || HandoverFailed {
@@ -204,7 +206,7 @@ impl Host {
         }
         let mut record = self.inventory.vm(name)?;
         if let Some(spec) = spec {
-            record.spec = spec.clone();
+            record.what = Workload::Vm(spec.clone());
         }
         // From here on until it is decided, nobody else says where the guest is.
         let mut retired = guard(&old.retired);
@@ -313,7 +315,7 @@ impl Host {
         crash::point("before-successor");
         let child = spawn::spawn(&self.config.vmm, name, &socket, &log)?;
         let mut newborn = Newborn::child(child);
-        let built = self.build_successor(&launch, &socket, &mut newborn);
+        let built = self.build_successor(name, &launch, &socket, &mut newborn);
         match built {
             Ok((connection, events, identity, version)) => Ok(Successor {
                 connection,
@@ -328,11 +330,11 @@ impl Host {
 
     fn build_successor(
         &self,
+        name: &str,
         launch: &super::launch::Launch,
         socket: &Path,
         newborn: &mut Newborn,
     ) -> Result<(Connection, Events, (u32, u64), String)> {
-        let name = &launch.config.vm;
         // Before it has anything of the VM's: a daemon that comes back must find and end it.
         if let Some(identity) = newborn.identity()? {
             self.inventory.vm_handover_begins(name, identity)?;
@@ -341,7 +343,7 @@ impl Host {
         let (connection, greeting, events) = Connection::open(socket)?;
         let identity = newborn.hold(&greeting)?.identity();
         self.inventory.vm_handover_begins(name, identity)?;
-        let configure = Request::Configure(Box::new(launch.config.clone()));
+        let configure = launch.configure.clone();
         connection.call("configure", configure, &launch.fds(), CONFIGURE_PATIENCE)?;
         crash::point("after-successor-built");
         Ok((connection, events, identity, greeting.version))

@@ -8,8 +8,10 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use strake_api::control::{BootConfig, DiskConfig, MachineConfig, MemoryConfig, NicConfig};
-use strake_api::spec::{BootSpec, parse_mac};
+use strake_api::control::{
+    BootConfig, DiskConfig, MachineConfig, MemoryConfig, NicConfig, Request,
+};
+use strake_api::spec::{BootSpec, VmSpec, parse_mac};
 use strake_observe::{Because, OsContext, Result};
 
 use super::create::boot_file_refused;
@@ -17,7 +19,7 @@ use super::handover::LentFiles;
 use super::{Host, private};
 use crate::FileIdentity;
 use crate::config::show;
-use crate::inventory::{DiskRecord, VmRecord};
+use crate::inventory::{DiskRecord, VmRecord, Workload};
 use crate::monitor::descriptors::Descriptors;
 use crate::net;
 use crate::observations::{InventoryCorrupt, KvmUnavailable};
@@ -28,10 +30,10 @@ use crate::storage::store::remove_file;
 /// A machine's description and the descriptors that it names.
 #[derive(Debug)]
 pub(super) struct Launch {
-    pub(super) config: MachineConfig,
+    pub(super) configure: Request,
     /// Which file each disk's image is.
     pub(super) files: Vec<(String, FileIdentity)>,
-    fds: Descriptors,
+    pub(super) fds: Descriptors,
 }
 
 impl Launch {
@@ -41,27 +43,39 @@ impl Launch {
 }
 
 impl Host {
-    /// Opens everything that the VM's machine needs.
+    /// Opens everything that the monitor needs for what it is to run.
     pub(super) fn prepare_launch(&self, vm: &VmRecord) -> Result<Launch> {
-        self.prepare_for(vm, None)
+        match &vm.what {
+            Workload::Vm(spec) => self.prepare_machine(vm, spec, None),
+            Workload::Export(spec) => self.prepare_export(vm, spec),
+        }
     }
 
     /// The same for a monitor that takes the guest over from another one, which lent what it has.
     pub(super) fn prepare_successor(&self, vm: &VmRecord, lent: LentFiles) -> Result<Launch> {
-        self.prepare_for(vm, Some(lent))
+        self.prepare_machine(vm, vm.spec()?, Some(lent))
     }
 
-    fn prepare_for(&self, vm: &VmRecord, mut lent: Option<LentFiles>) -> Result<Launch> {
+    fn prepare_machine(
+        &self,
+        vm: &VmRecord,
+        spec: &VmSpec,
+        mut lent: Option<LentFiles>,
+    ) -> Result<Launch> {
         let mut fds = Descriptors::default();
         let kvm = fds.add(self.open_kvm()?)?;
         let boot = match &lent {
             Some(_) => BootConfig::Predecessor,
-            None => boot(&vm.spec.boot, vm, &mut fds)?,
+            None => boot(&spec.boot, vm, &mut fds)?,
         };
         let mut disks = Vec::new();
         let mut files = Vec::new();
         for disk in &vm.disks {
-            let (config, file) = self.disk(vm, disk, lent.as_mut(), &mut fds)?;
+            let named = spec.disks.iter().find(|spec| spec.name == disk.name);
+            let queues = named
+                .and_then(|named| named.queues)
+                .unwrap_or(u16::from(spec.cpus));
+            let (config, file) = self.disk(vm, disk, queues, lent.as_mut(), &mut fds)?;
             disks.push(config);
             files.push((disk.name.clone(), file));
         }
@@ -81,7 +95,7 @@ impl Host {
                 mac,
             });
         }
-        let size = vm.spec.memory.0;
+        let size = spec.memory.0;
         let memfd = match lent {
             Some(lent) => lent.memory,
             None => strake_memory::create_memfd(&format!("strake-ram-{}", vm.name), size)?,
@@ -96,18 +110,18 @@ impl Host {
         let observations = open_observations(&self.config.monitor_observations(&vm.name))?;
         let observations = Some(fds.add(observations)?);
         Ok(Launch {
-            config: MachineConfig {
+            configure: Request::Configure(Box::new(MachineConfig {
                 vm: vm.name.clone(),
-                cpus: vm.spec.cpus,
+                cpus: spec.cpus,
                 kvm,
                 memory,
                 boot,
                 disks,
                 nics,
-                console: vm.spec.console,
+                console: spec.console,
                 console_log,
                 observations,
-            },
+            })),
             files,
             fds,
         })
@@ -134,14 +148,14 @@ impl Host {
             })
     }
 
-    fn disk(
+    pub(super) fn disk(
         &self,
         vm: &VmRecord,
         disk: &DiskRecord,
+        queues: u16,
         lent: Option<&mut LentFiles>,
         fds: &mut Descriptors,
     ) -> Result<(DiskConfig, FileIdentity)> {
-        let spec = vm.spec.disks.iter().find(|spec| spec.name == disk.name);
         let mode = Mode::of(disk.read_only);
         let (image, file) = if let Some(lent) = lent {
             lent.image(&vm.name, disk, fds)?
@@ -157,9 +171,7 @@ impl Host {
             image,
             read_only: disk.read_only,
             serial: disk.name.clone(),
-            queues: spec
-                .and_then(|spec| spec.queues)
-                .unwrap_or(u16::from(vm.spec.cpus)),
+            queues,
         };
         Ok((config, file))
     }
@@ -228,7 +240,7 @@ pub(super) fn open_boot_file(what: &str, path: &str) -> Result<File> {
 }
 
 /// A new file: the one before may still be a monitor's that is about to end.
-fn open_observations(path: &Path) -> Result<File> {
+pub(super) fn open_observations(path: &Path) -> Result<File> {
     remove_file(path)?;
     OpenOptions::new()
         .read(true)

@@ -78,33 +78,14 @@ impl Host {
     /// [`StartFailed`], with the reason; no monitor is left behind then. [`StartUnclear`] if the
     /// monitor does not say whether its guest runs.
     pub fn start(self: &Arc<Self>, name: &str) -> Result<Vm> {
-        let cell = self.cell(name)?;
-        let doubt = {
-            let _operation = guard(&cell.operation);
-            let failed = || StartFailed {
-                vm: name.to_owned(),
-            };
-            task(format!("start VM '{name}'"), failed, |task| {
-                let state = cell.live().state;
-                if !matches!(state, VmState::Stopped | VmState::Failed) {
-                    return Err(WrongState {
-                        vm: name.to_owned(),
-                        state: state_name(state).to_owned(),
-                        needed: "stopped".to_owned(),
-                        advice: "it needs no start; `strake ps` shows it".to_owned(),
-                    }
-                    .into());
-                }
-                self.start_stopped(&cell, task)
-            })?
-        };
-        match doubt {
-            Some(doubt) => Err(doubt),
-            None => self.vm(name),
-        }
+        // An export is no VM.
+        self.inventory.vm(name)?.spec()?;
+        self.start_named(name)?;
+        self.vm(name)
     }
 
-    /// Starts the VM again after its guest asked for a reset. The state is `Starting` since then.
+    /// Starts the VM again after its guest asked for a reset, or an export after its monitor died.
+    /// The state is `Starting` since then.
     pub(super) fn start_after_reset(self: &Arc<Self>, cell: &Arc<Cell>) {
         let _operation = guard(&cell.operation);
         if cell.live().state != VmState::Starting {
@@ -116,7 +97,7 @@ impl Host {
             self.start_stopped(cell, task).map(drop)
         });
         if let Err(seen) = restarted {
-            tracing::error!(%seen, "a guest asked for a reset and could not be started again");
+            tracing::error!(%seen, "what was to run on could not be started again");
             cell.change(|live| live.trouble = Some(seen));
         }
     }
@@ -130,6 +111,7 @@ impl Host {
         let name = cell.name.as_str();
         let record = self.inventory.vm(name)?;
         self.refuse_living_monitor(cell, &record)?;
+        self.refuse_exported(name)?;
         cell.change(|live| {
             live.state = VmState::Starting;
             live.stop_asked = false;
@@ -189,7 +171,8 @@ impl Host {
         let recorded = Process::identity_of(&child)
             .and_then(|process| self.inventory.vm_spawned(name, process));
         let mut newborn = Newborn::Child(child);
-        let up = recorded.and_then(|()| self.bring_up(&launch, again, &socket, &mut newborn));
+        let up =
+            recorded.and_then(|()| self.bring_up(name, (&launch, again), &socket, &mut newborn));
         let seen = match up {
             Ok(up) => {
                 let process = newborn.keep()?;
@@ -229,14 +212,14 @@ impl Host {
     /// From hello to the running guest. An error means that the guest does not run.
     fn bring_up(
         &self,
-        launch: &Launch,
-        again: Vec<Again>,
+        name: &str,
+        (launch, again): (&Launch, Vec<Again>),
         socket: &Path,
         newborn: &mut Newborn,
     ) -> Result<BroughtUp> {
         let (connection, greeting, events) = Connection::open(socket)?;
         let process = newborn.hold(&greeting)?;
-        let configure = Request::Configure(Box::new(launch.config.clone()));
+        let configure = launch.configure.clone();
         connection.call("configure", configure, &launch.fds(), CONFIGURE_PATIENCE)?;
         crash::point("after-configure");
         for job in again {
@@ -262,10 +245,7 @@ impl Host {
         }
         crash::point("after-start");
         let identity = process.identity();
-        match self
-            .inventory
-            .vm_running(&launch.config.vm, identity, up.started_ms)
-        {
+        match self.inventory.vm_running(name, identity, up.started_ms) {
             Ok(()) => up.recorded = Recorded::Yes,
             Err(seen) => note(seen), // The supervisor tries again.
         }
@@ -300,6 +280,7 @@ impl Host {
     /// # Errors
     /// [`StopFailed`]; after [`StopTimedOut`] the VM keeps running.
     pub fn stop(self: &Arc<Self>, name: &str, how: &StopVm) -> Result<Vm> {
+        self.inventory.vm(name)?.spec()?;
         let cell = self.cell(name)?;
         let failed = || StopFailed {
             vm: name.to_owned(),
@@ -315,6 +296,37 @@ impl Host {
             self.wait_for_guest(&cell, &monitor, how)
         })?;
         self.vm(name)
+    }
+
+    /// Ends an export that runs, once its clients' requests are finished and its disk is flushed.
+    pub(super) fn end_export(&self, cell: &Cell, task: &mut Task) -> Result<()> {
+        let how = StopVm {
+            force: true,
+            timeout_s: None,
+        };
+        if !cell.live().at_rest()
+            && let Some(monitor) = self.ask_to_stop(cell, &how)?
+        {
+            self.force(cell, &monitor, task);
+        }
+        Ok(())
+    }
+
+    /// Starts whatever it is.
+    pub(super) fn start_named(self: &Arc<Self>, name: &str) -> Result<()> {
+        let cell = self.cell(name)?;
+        let _operation = guard(&cell.operation);
+        let failed = || StartFailed {
+            vm: name.to_owned(),
+        };
+        let doubt = task(format!("start '{name}'"), failed, |task| {
+            let state = cell.live().state;
+            if !matches!(state, VmState::Stopped | VmState::Failed) {
+                return Err(already_runs(name, state));
+            }
+            self.start_stopped(&cell, task)
+        })?;
+        doubt.map_or(Ok(()), Err)
     }
 
     /// Stops a VM and starts it again: its guest reboots, with everything as its spec says now.
@@ -432,6 +444,16 @@ impl Host {
         monitor.process.kill();
         cell.wait_for_end(monitor, FORCE_PATIENCE);
     }
+}
+
+fn already_runs(name: &str, state: VmState) -> Observation {
+    WrongState {
+        vm: name.to_owned(),
+        state: state_name(state).to_owned(),
+        needed: "stopped".to_owned(),
+        advice: "it needs no start; `strake ps` shows it".to_owned(),
+    }
+    .into()
 }
 
 /// The monitor that is to be ended, even if it cannot be reached.

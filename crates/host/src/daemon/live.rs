@@ -10,7 +10,7 @@ use strake_api::rest::VmState;
 use strake_observe::{Observation, Result};
 
 use super::guard;
-use crate::inventory::StoredState;
+use crate::inventory::{StoredState, Workload};
 use crate::monitor::connection::Connection;
 use crate::monitor::process::Process;
 
@@ -24,10 +24,29 @@ pub(super) const LOOK_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Cell {
     pub(super) name: String,
+    pub(super) revival: Revival,
     pub(super) operation: Mutex<()>,
     pub(super) jobs: Mutex<()>,
     live: Mutex<Live>,
     changed: Condvar,
+}
+
+/// What is to be done when a monitor has died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Revival {
+    /// Nothing: the guest is gone with it.
+    None,
+    /// Another one takes its place: those who use an export are still there.
+    Another,
+}
+
+impl Revival {
+    pub(super) fn of(what: &Workload) -> Self {
+        match what {
+            Workload::Vm(_) => Self::None,
+            Workload::Export(_) => Self::Another,
+        }
+    }
 }
 
 /// What a VM does now.
@@ -93,9 +112,10 @@ impl Monitor {
 }
 
 impl Cell {
-    pub(super) fn new(name: &str, stored: StoredState) -> Self {
+    pub(super) fn new(name: &str, stored: StoredState, revival: Revival) -> Self {
         Self {
             name: name.to_owned(),
+            revival,
             operation: Mutex::default(),
             jobs: Mutex::default(),
             live: Mutex::new(Live {

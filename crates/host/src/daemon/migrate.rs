@@ -12,11 +12,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use rustix::io::Errno;
 use strake_api::control::{KeepConfig, Reply, Request};
 use strake_api::image::ImageFormat;
-use strake_api::job::{JobId, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{
+    JobId, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase, Space,
+};
 use strake_api::rest::{Job, MigrateDisk};
 use strake_observe::{Because, OsContext, Result};
 
@@ -125,7 +127,18 @@ impl Host {
         let destination = to.path.join(file_name(vm, bound, looks.regular, format)?);
         store::room(&to.name, &to.path)?;
         refuse_existing(&destination)?;
-        store::require_room(&to.name, &to.path, looks.allocated)?;
+        let bytes = match request.limits.space {
+            Space::Thin => looks.allocated,
+            Space::Thick if format == ImageFormat::Raw => looks.size,
+            Space::Thick => {
+                return Err(RequestRefused {
+                    reason: format!("a {format} image takes its space as it needs it"),
+                    advice: "migrate to a raw image for --thick, or leave it out".to_owned(),
+                }
+                .into());
+            }
+        };
+        store::require_room(&to.name, &to.path, bytes)?;
         Ok(NewJob {
             vm: vm.to_owned(),
             disk: disk.to_owned(),
@@ -499,6 +512,15 @@ fn create_files(new: &NewJob, job: &JobRecord) -> Result<Files> {
     let format = new.destination.format;
     let destination = image::create_for(destination, &unnamed, format, new.size)?;
     let guard = Created::new(&unnamed, &destination.identity);
+    if new.limits.space == Space::Thick {
+        fallocate(&destination.fd, FallocateFlags::empty(), 0, new.size)
+            .map_err(std::io::Error::from)
+            .os("fallocate", unnamed.display())
+            .because_of(|| ImageNotCreated {
+                path: show(&unnamed),
+                size: new.size,
+            })?;
+    }
     let journal = OpenOptions::new()
         .read(true)
         .write(true)

@@ -300,7 +300,7 @@ impl Host {
             .because(seen),
         };
         note(why.clone());
-        self.vm_has_ended(cell, &ExitReason::Failed(why), None, Duration::ZERO);
+        self.ended_meanwhile(cell, &ExitReason::Failed(why));
         Ok(())
     }
 }

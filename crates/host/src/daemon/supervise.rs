@@ -28,7 +28,7 @@ use strake_api::rest::VmState;
 use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::death::Death;
-use super::live::{Cell, LOOK_PATIENCE, Live, Monitor};
+use super::live::{Cell, LOOK_PATIENCE, Live, Monitor, Revival};
 use super::{Host, note, now_ms};
 use crate::crash;
 use crate::inventory::StoredState;
@@ -48,7 +48,7 @@ const END_PATIENCE: Duration = Duration::from_millis(300);
 /// Pause between attempts to reach a monitor that lives.
 const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A guest that resets at once is not started again at once.
+/// A guest that resets at once is not started again at once, nor is an export whose monitor dies.
 const RESET_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Observations of one monitor that are kept within [`FLOOD_WINDOW`]; more say nothing new.
@@ -250,7 +250,7 @@ impl Supervisor {
                 tracing::info!(vm = %self.cell.name, ?reason, "the guest ended");
                 // Before the monitor goes: a daemon that dies meanwhile has nobody else to tell
                 // the next one that the guest only wanted to start again.
-                let (stored, _) = outcome(&reason, self.cell.live().stop_asked);
+                let (stored, _) = outcome(&reason, &self.cell);
                 let name = &self.cell.name;
                 if let Err(seen) = self.host.inventory.vm_ending(name, stored, &reason) {
                     note(seen);
@@ -468,12 +468,11 @@ impl Host {
         patience: Duration,
     ) -> VmState {
         let name = cell.name.as_str();
-        let stop_asked = cell.live().stop_asked;
         self.settle_jobs(name, why, jobs, patience);
         if let Err(seen) = remove_file(&self.config.control_socket(name)) {
             note(seen);
         }
-        let (stored, shown) = outcome(why, stop_asked);
+        let (stored, shown) = outcome(why, cell);
         if let Err(seen) = self.inventory.vm_ended(name, stored, Some(why)) {
             // The next daemon finds the process gone.
             note(seen);
@@ -489,8 +488,12 @@ impl Host {
 }
 
 /// What becomes of a VM whose guest has ended: what is recorded, and what is shown.
-fn outcome(why: &ExitReason, stop_asked: bool) -> (StoredState, VmState) {
+fn outcome(why: &ExitReason, cell: &Cell) -> (StoredState, VmState) {
+    let stop_asked = cell.live().stop_asked;
     match why {
+        ExitReason::Failed(_) if cell.revival == Revival::Another && !stop_asked => {
+            (StoredState::Restarting, VmState::Starting)
+        }
         ExitReason::Failed(_) => (StoredState::Failed, VmState::Failed),
         ExitReason::GuestReset if !stop_asked => (StoredState::Restarting, VmState::Starting),
         _ => (StoredState::Stopped, VmState::Stopped),

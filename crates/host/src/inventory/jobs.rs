@@ -372,8 +372,10 @@ impl Inventory {
         self.write("commit a job", |tx| {
             let job = step(tx, id, &[JobState::Running], JobState::Committed)?;
             let moved = tx.execute(
+                // With the disk of an export moves the VM's that it stands for.
                 "UPDATE disks SET image = ?4, format = ?7, datastore = ?5, created = 1, file = ?6
-                     WHERE vm = ?1 AND name = ?2 AND image = ?3",
+                     WHERE image = ?3 AND (vm = ?1 AND name = ?2 OR (vm, name) IN
+                         (SELECT of_vm, of_disk FROM vms WHERE name = ?1))",
                 params![
                     job.vm,
                     job.disk,
@@ -390,8 +392,13 @@ impl Inventory {
                 "UPDATE vms SET revision = revision + 1 WHERE name = ?1",
                 [&job.vm],
             )?;
+            let both: u8 = tx.query_row(
+                "SELECT COUNT(of_vm) FROM vms WHERE name = ?1",
+                [&job.vm],
+                |row| row.get(0),
+            )?;
             match moved {
-                1 => Ok(()),
+                all if all == 1 + usize::from(both) => Ok(()),
                 _ => Err(corrupt(id, "its disk is not bound to its source").into()),
             }
         })

@@ -23,7 +23,7 @@ use strake_observe::{Observation, OsContext, Result};
 
 pub use datastores::DatastoreRecord;
 pub use jobs::{JobFiles, JobRecord, JobState, NewJob};
-pub use vms::{DiskRecord, NicRecord, StoredState, VmRecord};
+pub use vms::{DiskRecord, NicRecord, StoredState, VmRecord, Workload};
 
 use crate::config::show;
 use crate::observations::InventoryFailed;

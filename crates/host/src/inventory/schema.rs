@@ -89,6 +89,14 @@ pub(super) const STEPS: &[&str] = &[
     ALTER TABLE vms ADD COLUMN other_pid INTEGER;
     ALTER TABLE vms ADD COLUMN other_pid_start INTEGER;
 ",
+    // Exports stand beside the VMs: their `spec` is that of an export. `of_vm` and `of_disk` name the
+    // VM's disk that an export stands for, whose binding moves with the export's.
+    "
+    ALTER TABLE vms ADD COLUMN kind TEXT NOT NULL DEFAULT 'vm';
+    ALTER TABLE vms ADD COLUMN of_vm TEXT;
+    ALTER TABLE vms ADD COLUMN of_disk TEXT;
+    CREATE UNIQUE INDEX exports_by_disk ON vms(of_vm, of_disk) WHERE of_vm IS NOT NULL;
+",
     // A job keeps its progress in a file. When it is interrupted, it is recorded what its source
     // looked like then.
     "

@@ -2,11 +2,14 @@
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_api::control::ExitReason;
+use strake_api::export::ExportSpec;
 use strake_api::spec::VmSpec;
 use strake_observe::{Observation, Result};
 
 use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
-use crate::observations::{InventoryCorrupt, NicConflict, NoSuchVm, VmExists};
+use crate::observations::{
+    DiskExported, InventoryCorrupt, NicConflict, NoSuchVm, NotAVm, VmExists,
+};
 use crate::{Binding, FileIdentity, Location};
 
 /// What the inventory remembers of a VM's state: what a daemon that comes back must look for.
@@ -49,7 +52,16 @@ impl StoredState {
     }
 }
 
-/// A VM.
+/// What a monitor runs.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Workload {
+    /// A guest.
+    Vm(VmSpec),
+    /// A disk for other programs.
+    Export(ExportSpec),
+}
+
+/// A VM or an export.
 #[derive(Debug, Clone)]
 pub struct VmRecord {
     /// Its name.
@@ -57,7 +69,7 @@ pub struct VmRecord {
     /// Grows with each change.
     pub revision: u64,
     /// What it is.
-    pub spec: VmSpec,
+    pub what: Workload,
     /// What was last known of it.
     pub state: StoredState,
     /// Why it last ended.
@@ -110,8 +122,24 @@ pub struct NicRecord {
     pub mac: String,
 }
 
+impl VmRecord {
+    /// The spec of a VM.
+    ///
+    /// # Errors
+    /// [`NotAVm`]: it is an export.
+    pub fn spec(&self) -> Result<&VmSpec> {
+        match &self.what {
+            Workload::Vm(spec) => Ok(spec),
+            Workload::Export(_) => Err(NotAVm {
+                name: self.name.clone(),
+            }
+            .into()),
+        }
+    }
+}
+
 impl Inventory {
-    /// All VMs, by name.
+    /// All VMs and exports, by name.
     ///
     /// # Errors
     /// The inventory cannot be read.
@@ -157,27 +185,7 @@ impl Inventory {
                 params![name, spec],
             )?;
             for (position, disk) in disks.iter().enumerate() {
-                tx.execute(
-                    "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
-                         read_only, created, file, format)
-                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
-                    params![
-                        name,
-                        disk.name,
-                        to_sql(position as u64),
-                        disk.slot,
-                        disk.image.location.text()?,
-                        disk.datastore,
-                        to_sql(disk.size),
-                        disk.read_only,
-                        disk.created,
-                        disk.file
-                            .as_ref()
-                            .map(|file| to_json(&disk.name, file))
-                            .transpose()?,
-                        disk.image.format.name(),
-                    ],
-                )?;
+                add_disk(tx, name, position as u64, disk)?;
             }
             for (position, nic) in nics.iter().enumerate() {
                 for (what, column, value) in
@@ -214,6 +222,57 @@ impl Inventory {
                 )?;
             }
             Ok(())
+        })
+    }
+
+    /// Adds an export that is not served yet.
+    ///
+    /// # Errors
+    /// [`VmExists`]; [`DiskExported`] if another export stands for the same disk.
+    pub fn add_export(&self, name: &str, spec: &ExportSpec, disk: &DiskRecord) -> Result<()> {
+        let text = to_json(name, spec)?;
+        let of = spec.of.as_ref();
+        self.write("add an export", |tx| {
+            if exists(tx, name)? {
+                return Err(Observation::from(VmExists {
+                    vm: name.to_owned(),
+                })
+                .into());
+            }
+            if let Some(of) = of
+                && let Some(export) = export_of(tx, &of.vm, Some(&of.disk))?
+            {
+                return Err(Observation::from(DiskExported {
+                    vm: of.vm.clone(),
+                    disk: of.disk.clone(),
+                    export,
+                })
+                .into());
+            }
+            tx.execute(
+                "INSERT INTO vms (name, revision, spec, state, kind, of_vm, of_disk)
+                     VALUES (?1, 1, ?2, 'stopped', 'export', ?3, ?4)",
+                params![name, text, of.map(|of| &of.vm), of.map(|of| &of.disk)],
+            )?;
+            add_disk(tx, name, 0, disk)
+        })
+    }
+
+    /// The export that stands for a disk of this VM, if there is one, with the disk.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn export_of(&self, vm: &str) -> Result<Option<(String, String)>> {
+        self.read("look for exports", |db| {
+            let Some(export) = export_of(db, vm, None)? else {
+                return Ok(None);
+            };
+            let disk = db.query_row(
+                "SELECT of_disk FROM vms WHERE name = ?1",
+                [&export],
+                |row| row.get(0),
+            )?;
+            Ok(Some((export, disk)))
         })
     }
 
@@ -390,6 +449,43 @@ impl Inventory {
     }
 }
 
+fn add_disk(db: &Connection, vm: &str, position: u64, disk: &DiskRecord) -> Attempt<()> {
+    db.execute(
+        "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
+             read_only, created, file, format)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+        params![
+            vm,
+            disk.name,
+            to_sql(position),
+            disk.slot,
+            disk.image.location.text()?,
+            disk.datastore,
+            to_sql(disk.size),
+            disk.read_only,
+            disk.created,
+            disk.file
+                .as_ref()
+                .map(|file| to_json(&disk.name, file))
+                .transpose()?,
+            disk.image.format.name(),
+        ],
+    )?;
+    Ok(())
+}
+
+/// An export that stands for this disk of a VM, or for any of its disks.
+fn export_of(db: &Connection, vm: &str, disk: Option<&str>) -> Attempt<Option<String>> {
+    Ok(db
+        .query_row(
+            "SELECT name FROM vms WHERE of_vm = ?1 AND of_disk = COALESCE(?2, of_disk)
+                 ORDER BY name LIMIT 1",
+            params![vm, disk],
+            |row| row.get(0),
+        )
+        .optional()?)
+}
+
 pub(super) fn users_of_image(
     db: &Connection,
     image: &Location,
@@ -496,6 +592,7 @@ struct Raw {
     pid: Option<u32>,
     pid_start: Option<i64>,
     started_ms: Option<i64>,
+    kind: String,
     other_pid: Option<u32>,
     other_pid_start: Option<i64>,
 }
@@ -504,7 +601,7 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
     let raw = db
         .query_row(
             "SELECT revision, spec, state, last_exit, pid, pid_start, started_ms, other_pid,
-                 other_pid_start FROM vms WHERE name = ?1",
+                 other_pid_start, kind FROM vms WHERE name = ?1",
             [name],
             |row| {
                 Ok(Raw {
@@ -517,6 +614,7 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
                     started_ms: row.get(6)?,
                     other_pid: row.get(7)?,
                     other_pid_start: row.get(8)?,
+                    kind: row.get(9)?,
                 })
             },
         )
@@ -536,10 +634,21 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
         .query_map([name], nic)?
         .collect::<rusqlite::Result<_>>()?;
     let record = format!("VM '{name}'");
+    let what = match raw.kind.as_str() {
+        "vm" => Workload::Vm(from_json(&record, &raw.spec)?),
+        "export" => Workload::Export(from_json(&record, &raw.spec)?),
+        other => {
+            return Err(Observation::from(InventoryCorrupt {
+                record,
+                reason: format!("its kind is '{other}'"),
+            })
+            .into());
+        }
+    };
     Ok(VmRecord {
         name: name.to_owned(),
         revision: from_sql(raw.revision),
-        spec: from_json(&record, &raw.spec)?,
+        what,
         state: StoredState::parse(&raw.state).ok_or_else(|| {
             Observation::from(InventoryCorrupt {
                 record: record.clone(),

@@ -18,7 +18,7 @@ use axum::routing::{delete, get, post};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strake_api::job::{JobId, LimitsChange};
-use strake_api::rest::{AddDatastore, CreateVm, MigrateDisk, RestartVm, StopVm};
+use strake_api::rest::{AddDatastore, CreateExport, CreateVm, MigrateDisk, RestartVm, StopVm};
 use strake_observe::{Observation, Result};
 
 use crate::Host;
@@ -47,6 +47,9 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
         .route("/v1/jobs/{id}/pause", post(pause_job))
         .route("/v1/jobs/{id}/resume", post(resume_job))
         .route("/v1/jobs/{id}/set", post(set_job))
+        .route("/v1/exports", get(exports).post(create_export))
+        .route("/v1/exports/{name}", get(export).delete(remove_export))
+        .route("/v1/exports/{name}/start", post(start_export))
         .route("/v1/datastores", get(datastores).post(add_datastore))
         .route("/v1/datastores/{name}", delete(remove_datastore))
         .route("/v1/observations", get(observations))
@@ -192,6 +195,31 @@ async fn set_job(State(host): Shared, Path(id): Path<String>, bytes: Bytes) -> A
         host.set_job(&JobId(id), &change)
     })
     .await
+}
+
+async fn exports(State(host): Shared) -> Answer {
+    answer(host, StatusCode::OK, |host| host.exports()).await
+}
+
+async fn create_export(State(host): Shared, bytes: Bytes) -> Answer {
+    let request: CreateExport = body(&bytes)?;
+    answer(host, StatusCode::CREATED, move |host| {
+        host.create_export(&request)
+    })
+    .await
+}
+
+async fn export(State(host): Shared, Path(name): Path<String>) -> Answer {
+    answer(host, StatusCode::OK, move |host| host.export(&name)).await
+}
+
+async fn start_export(State(host): Shared, Path(name): Path<String>) -> Answer {
+    answer(host, StatusCode::OK, move |host| host.start_export(&name)).await
+}
+
+async fn remove_export(State(host): Shared, Path(name): Path<String>) -> Answer {
+    blocking(host, move |host| host.remove_export(&name)).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 async fn datastores(State(host): Shared) -> Answer {

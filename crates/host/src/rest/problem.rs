@@ -40,9 +40,11 @@ fn known(seen: &Observation) -> Option<StatusCode> {
 /// One line for each observation that is the client's to mend.
 fn own(id: &str) -> Option<StatusCode> {
     Some(match id {
-        "host.no-such-vm" | "host.no-such-disk" | "host.no-such-datastore" | "host.no-such-job" => {
-            StatusCode::NOT_FOUND
-        }
+        "host.no-such-vm"
+        | "host.no-such-export"
+        | "host.no-such-disk"
+        | "host.no-such-datastore"
+        | "host.no-such-job" => StatusCode::NOT_FOUND,
         "host.request-refused" | "host.bad-name" => StatusCode::BAD_REQUEST,
         "api.spec-invalid"
         | "api.spec-problems"
@@ -55,6 +57,9 @@ fn own(id: &str) -> Option<StatusCode> {
         | "host.destination-too-small" => StatusCode::UNPROCESSABLE_ENTITY,
         "host.vm-exists"
         | "host.datastore-exists"
+        | "host.not-a-vm"
+        | "host.disk-exported"
+        | "host.listen-refused"
         | "host.datastore-in-use"
         | "host.image-in-use"
         | "host.nic-conflict"

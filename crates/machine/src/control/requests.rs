@@ -58,6 +58,12 @@ impl Server {
                 }
                 self.machine = Some(Machine::build(*config, &mut fds, &self.mailbox)?);
             }
+            Request::ConfigureExport(config) => {
+                if self.machine.is_some() {
+                    return Err(self.wrong_state("configure an export"));
+                }
+                self.machine = Some(Machine::export(*config, &mut fds, &self.mailbox)?);
+            }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Stop => self.mailbox.exit(ExitReason::Stopped),
             Request::Dismiss => self.dismiss()?,
