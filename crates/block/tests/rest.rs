@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use common::{Guest, Habit, Job, create, dir, two, verify};
 use strake_api::job::{
     Ceiling, Latency, LimitsChange, Method, MigrationLimits, MigrationStatus, Phase, Progress,
-    Suspend,
+    Space, Suspend,
 };
 use strake_block::{Blocking, Fault, FaultImage, FaultOn, Image, LiveDisk};
 
