@@ -397,12 +397,11 @@ impl Host {
             .is_none_or(|undone| *undone == true);
         note(seen.clone());
         // It may have got through. The guest stands still until it is certain that it has not.
-        while !undone {
-            match self.inventory.vm_handover_called_off(name, from) {
-                Ok(()) => break,
-                Err(seen) => note(seen),
+        if !undone {
+            while let Err(seen) = self.inventory.vm_handover_called_off(name, from) {
+                note(seen);
+                std::thread::sleep(RECORD_INTERVAL);
             }
-            std::thread::sleep(RECORD_INTERVAL);
         }
         Err(seen)
     }
