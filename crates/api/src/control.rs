@@ -106,6 +106,19 @@ pub enum Request {
         /// Limits.
         limits: MigrationLimits,
     },
+    /// Takes a snapshot: puts a new, empty image over the disk's own, and asks for the commit as a
+    /// migration does ([`Event::JobAwaitsCommit`]); until then nothing is written to it. Answered by
+    /// [`Reply::Done`] once it is accepted.
+    SnapshotDisk {
+        /// Names it from now on.
+        job: JobId,
+        /// The disk's name.
+        disk: String,
+        /// The new image, writable; its header names the disk's image of now as its backing file.
+        overlay: LayerConfig,
+        /// Of these the pause counts, and what is suspended.
+        limits: MigrationLimits,
+    },
     /// Answered by [`Reply::Job`].
     JobStatus {
         /// Which.

@@ -1,5 +1,6 @@
 //! An image that fails or delays requests on purpose.
 
+use std::any::Any;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -222,6 +223,10 @@ impl Image for FaultImage {
 
     fn is_removed(&self) -> Result<bool> {
         Ok(self.plan.removed.load(Ordering::Acquire) || self.inner.is_removed()?)
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        self.inner.as_any()
     }
 }
 

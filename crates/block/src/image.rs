@@ -1,5 +1,6 @@
 //! The trait of everything that can hold a disk's data.
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
@@ -67,6 +68,12 @@ pub trait Image: Send + Sync + Debug {
     /// # Errors
     /// When the file system fails.
     fn is_removed(&self) -> Result<bool>;
+
+    /// Itself, for those who know more of its kind than this trait does: who changes the layers of
+    /// a disk in use finds them by it. None if there is no more to know.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
+    }
 }
 
 /// The end of one request.

@@ -25,10 +25,14 @@ pub const CRASH_POINTS: &[&str] = &[
     "before-commit",
     "after-commit-before-reply",
     "after-commit-reply",
+    "after-merge",
+    "after-merge-committed",
     "before-source-removal",
     "after-source-removal",
     "before-destination-removal",
     "after-destination-removal",
+    "after-snapshot-forgotten",
+    "after-layer-removal",
 ];
 
 /// Ends the daemon here if a test asked for it.

@@ -3,12 +3,13 @@
 //! The only place that knows every kind of image. The daemon has opened, checked and locked the
 //! files; here it is only looked whether they fit what was said of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use strake_api::image::{ImageConfig, ImageFormat, LayerAccess, LayerConfig};
-use strake_block::{Access, Image, RawImage};
+use strake_block::lock::Share;
+use strake_block::{Access, Covered, Image, MakeCover, RawImage};
 use strake_observe::Result;
-use strake_qcow2::{ChainPart, FileStore, Format, open_chain};
+use strake_qcow2::{ChainPart, FileStore, Format, Qcow2Image, open_chain};
 
 use crate::Descriptors;
 use crate::observations::ImageMismatch;
@@ -49,6 +50,53 @@ pub(crate) fn open(
             Ok(open_chain(parts)?)
         }
     }
+}
+
+/// How a snapshot covers an image with `overlay`, and what is done once it has: what is below may be
+/// read by others then, for which the daemon takes no lock of its own.
+///
+/// # Errors
+/// A descriptor is missing or is not what was said of it.
+pub(crate) fn cover(overlay: &LayerConfig, fds: &mut Descriptors) -> Result<(MakeCover, Covered)> {
+    let part = part(overlay, "a snapshot", fds)?;
+    let below: Arc<OnceLock<Arc<Qcow2Image>>> = Arc::default();
+    let made = Arc::clone(&below);
+    let make = move |image: &Arc<dyn Image>| -> Result<Arc<dyn Image>> {
+        let any = image.as_any();
+        let qcow2 = any.and_then(|any| any.downcast_ref::<Qcow2Image>());
+        let raw = any.and_then(|any| any.downcast_ref::<RawImage>());
+        let covered = match (qcow2, raw) {
+            (Some(qcow2), _) => qcow2.under(part)?,
+            (None, Some(raw)) => {
+                let fd = raw.descriptor()?;
+                let store = FileStore::from_fd(fd, raw.path(), Access::ReadOnly)?;
+                let base = ChainPart {
+                    store: Arc::new(store),
+                    format: Format::Raw,
+                    access: Access::ReadOnly,
+                };
+                open_chain(vec![part, base])?
+            }
+            (None, None) => {
+                return Err(ImageMismatch {
+                    path: image.path().to_owned(),
+                    purpose: "a snapshot".to_owned(),
+                    reason: "it is neither a file nor a block device".to_owned(),
+                }
+                .into());
+            }
+        };
+        let _ = made.set(Arc::clone(&covered));
+        Ok(covered)
+    };
+    let covered = move || {
+        let Some(image) = below.get() else { return };
+        // What remains is a lock that is stricter than it needs to be.
+        if let Err(seen) = image.share_layer(1, Share::WithReaders) {
+            strake_observe::recorder().record(seen, strake_observe::State::Open);
+        }
+    };
+    Ok((Box::new(make), Box::new(covered)))
 }
 
 /// One layer with its file.

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use strake_api::control::Event;
 use strake_api::job::{JobId, MigrationLimits, MigrationStatus};
-use strake_block::{Image, LiveDisk, Migration, SwitchHooks};
+use strake_block::{Covered, Image, LiveDisk, MakeCover, Migration, SwitchHooks};
 use strake_observe::Result;
 
 use crate::Mailbox;
@@ -38,6 +38,21 @@ pub struct MigrationRequest {
     pub destination: Arc<dyn Image>,
     /// The journal.
     pub journal: OwnedFd,
+    /// Limits.
+    pub limits: MigrationLimits,
+}
+
+/// What a snapshot needs.
+#[allow(missing_debug_implementations)] // closures
+pub struct SnapshotRequest {
+    /// Its name.
+    pub job: JobId,
+    /// The disk.
+    pub disk: String,
+    /// Makes the image that covers the disk's own.
+    pub make: MakeCover,
+    /// Called once it does.
+    pub covered: Covered,
     /// Limits.
     pub limits: MigrationLimits,
 }
@@ -103,31 +118,55 @@ impl Jobs {
         machine: &Arc<dyn Hold>,
         mailbox: &Arc<Mailbox>,
     ) -> Result<()> {
+        let (id, name) = (request.job.clone(), request.disk.clone());
+        self.begin(&id, &name, disks, machine, mailbox, |disk, hooks| {
+            let journal = File::from(request.journal);
+            let to = request.destination;
+            Migration::start(disk, to, journal, request.job, request.limits, hooks)
+        })
+    }
+
+    pub(crate) fn snapshot(
+        &self,
+        request: SnapshotRequest,
+        disks: &[Arc<LiveDisk>],
+        machine: &Arc<dyn Hold>,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<()> {
+        let (id, name) = (request.job.clone(), request.disk.clone());
+        self.begin(&id, &name, disks, machine, mailbox, |disk, hooks| {
+            let (make, covered) = (request.make, request.covered);
+            Migration::cover(disk, make, covered, request.job, request.limits, hooks)
+        })
+    }
+
+    fn begin(
+        &self,
+        job: &JobId,
+        disk: &str,
+        disks: &[Arc<LiveDisk>],
+        machine: &Arc<dyn Hold>,
+        mailbox: &Arc<Mailbox>,
+        start: impl FnOnce(Arc<LiveDisk>, Arc<dyn SwitchHooks>) -> Result<Arc<Migration>>,
+    ) -> Result<()> {
         let mut jobs = self.lock();
-        if jobs.iter().any(|(job, _)| *job == request.job) {
+        if jobs.iter().any(|(other, _)| other == job) {
             return Err(JobExists {
-                job: request.job.to_string(),
+                job: job.to_string(),
             }
             .into());
         }
         let disk = disks
             .iter()
-            .find(|disk| disk.name() == request.disk)
+            .find(|of| of.name() == disk)
             .ok_or_else(|| NoSuchDisk {
-                disk: request.disk.clone(),
+                disk: disk.to_owned(),
             })?;
-        let migration = Migration::start(
-            Arc::clone(disk),
-            request.destination,
-            File::from(request.journal),
-            request.job.clone(),
-            request.limits,
-            Arc::new(Hooks {
-                machine: Arc::downgrade(machine),
-                mailbox: Arc::clone(mailbox),
-            }),
-        )?;
-        jobs.push((request.job, migration));
+        let hooks = Arc::new(Hooks {
+            machine: Arc::downgrade(machine),
+            mailbox: Arc::clone(mailbox),
+        });
+        jobs.push((job.clone(), start(Arc::clone(disk), hooks)?));
         Ok(())
     }
 

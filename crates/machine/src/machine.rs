@@ -25,7 +25,7 @@ use strake_kvm::Vm;
 use strake_observe::{Observation, Result};
 
 use crate::Mailbox;
-use crate::jobs::{Hold, Jobs, MigrationRequest};
+use crate::jobs::{Hold, Jobs, MigrationRequest, SnapshotRequest};
 use crate::observations::{StopIncomplete, WrongState};
 use crate::vcpus::Vcpus;
 
@@ -204,6 +204,16 @@ impl Machine {
     pub fn migrate(self: &Arc<Self>, request: MigrationRequest) -> Result<()> {
         let hold: Arc<dyn Hold> = Arc::clone(self) as Arc<dyn Hold>;
         self.jobs.start(request, &self.disks, &hold, &self.mailbox)
+    }
+
+    /// Starts a snapshot of a disk.
+    ///
+    /// # Errors
+    /// It is refused; nothing was changed.
+    pub fn snapshot(self: &Arc<Self>, request: SnapshotRequest) -> Result<()> {
+        let hold: Arc<dyn Hold> = Arc::clone(self) as Arc<dyn Hold>;
+        self.jobs
+            .snapshot(request, &self.disks, &hold, &self.mailbox)
     }
 
     /// How a job is.

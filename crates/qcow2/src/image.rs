@@ -1,5 +1,6 @@
 //! The disk that a chain of layers makes.
 
+use std::any::Any;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
@@ -199,6 +200,10 @@ impl Image for Qcow2Image {
 
     fn is_removed(&self) -> Result<bool> {
         self.shared.top.store.is_removed()
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 }
 

@@ -6,6 +6,7 @@
 use std::sync::{Arc, PoisonError};
 
 use strake_block::Access;
+use strake_block::lock::Share;
 use strake_observe::Result;
 
 use crate::header::Backing;
@@ -53,6 +54,17 @@ impl Qcow2Image {
             return Err(self.bad("it has as many layers as a disk may have").into());
         }
         Ok(Self::new(layers))
+    }
+
+    /// Changes the lock on the file of the layer with that number, see [`Store::share`](crate::Store::share).
+    ///
+    /// # Errors
+    /// When there is no such layer, or its file system has no locks.
+    pub fn share_layer(&self, layer: usize, share: Share) -> Result<bool> {
+        match self.shared.layers().get(layer) {
+            Some(layer) => layer.store().share(share),
+            None => Err(self.bad("it has no such layer").into()),
+        }
     }
 
     /// The disk that the layers from that number on make: what a commit goes into.

@@ -13,7 +13,7 @@ use strake_api::control::{
 use strake_block::Image;
 
 use crate::images::{self, Fds};
-use crate::jobs::{Job, Order};
+use crate::jobs::{Job, Order, To};
 use crate::{read_some, say, staged};
 
 pub(crate) struct Disk {
@@ -154,8 +154,10 @@ impl Machine {
                 let order = Order {
                     job,
                     disk,
-                    destination,
-                    journal,
+                    to: To::Copy {
+                        destination,
+                        journal,
+                    },
                 };
                 let reply = self.migrate(order, fds, &mut events);
                 if late {
@@ -163,6 +165,12 @@ impl Machine {
                     return (None, events);
                 }
                 reply
+            }
+            Request::SnapshotDisk {
+                job, disk, overlay, ..
+            } => {
+                let to = To::Cover(overlay);
+                self.migrate(Order { job, disk, to }, fds, &mut events)
             }
             Request::JobStatus { job } => match self.job(&job) {
                 Some(job) => Reply::Job(job.status.clone()),

@@ -29,6 +29,7 @@
 //! lasts too long (`pause.rs`). Others touch it only through [`Control`]: `cancel` and `decide` set
 //! a word under its lock and wake both.
 //!
+//! * `cover`: a snapshot, a switch-over without a copy.
 //! * `passes`, `mirroring`: the methods; `choice`: when the first gives way to the second; `switch`:
 //!   the switch-over of both.
 //! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
@@ -37,6 +38,7 @@
 mod choice;
 mod control;
 mod copier;
+mod cover;
 mod job;
 pub mod journal;
 mod mirroring;
@@ -55,6 +57,7 @@ use strake_api::spec::MAX_DISK;
 use strake_observe::{Because, OsContext, Result};
 
 use self::control::Control;
+pub use self::cover::{Covered, MakeCover};
 use self::job::Job;
 use self::journal::{Journal, Record};
 use crate::{

@@ -136,7 +136,7 @@ impl Host {
 
     /// Who has locked an image, as far as the inventory can tell: another VM that is bound to the
     /// same file, under whatever name.
-    fn who_uses(&self, vm: &str, path: &Path) -> String {
+    pub(super) fn who_uses(&self, vm: &str, path: &Path) -> String {
         let others = self.inventory.vms().unwrap_or_default();
         others
             .iter()

@@ -23,6 +23,7 @@ mod commit;
 mod console;
 mod create;
 mod datastores;
+mod files;
 mod housekeeping;
 mod launch;
 mod lifecycle;
@@ -31,7 +32,9 @@ mod migrate;
 mod recover;
 mod settle;
 mod sharing;
+mod snapshots;
 mod supervise;
+mod tree;
 mod verdicts;
 mod view;
 

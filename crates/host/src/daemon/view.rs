@@ -4,7 +4,7 @@ use strake_api::control::{ExitReason, VmStatus};
 use strake_api::rest::{Disk, Nic, Vm};
 use strake_observe::Result;
 
-use super::{Host, now_ms};
+use super::{Host, now_ms, tree};
 use crate::inventory::VmRecord;
 use crate::storage::chain;
 
@@ -64,6 +64,7 @@ impl Host {
                 .disks
                 .into_iter()
                 .map(|disk| {
+                    let snapshots = tree::snapshots(&disk);
                     let looks = chain::look(&disk.image, &allowed).ok().flatten();
                     Disk {
                         image: disk.image.to_string(),
@@ -71,6 +72,7 @@ impl Host {
                         datastore: disk.datastore,
                         size_bytes: looks.as_ref().map_or(disk.size, |looks| looks.size),
                         allocated_bytes: looks.as_ref().map(|looks| looks.allocated),
+                        snapshots,
                         slot: disk.slot,
                         counters: status
                             .as_ref()

@@ -12,11 +12,12 @@
 //! `aborted`: it was decided that the binding stays; the destination must be removed.
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase};
+use strake_api::job::{JobId, JobKind, MigrationLimits, MigrationStatus, PassReport, Phase};
 use strake_observe::{Observation, Result};
 
+use super::layers::{self, LayerId};
 use super::vms::{binding, users_of_image};
-use super::{Attempt, Inventory, from_json, to_json};
+use super::{Attempt, Inventory, from_json, to_json, to_sql};
 use crate::observations::{CommitFailed, DestinationExists, DiskBusy, InventoryCorrupt, NoSuchJob};
 use crate::{Binding, FileIdentity};
 
@@ -77,6 +78,12 @@ pub struct JobRecord {
     pub destination: Binding,
     /// The destination's datastore.
     pub to: String,
+    /// What it does.
+    pub kind: JobKind,
+    /// The snapshot that it takes or goes back to.
+    pub snapshot: Option<String>,
+    /// The layer that it goes back to or writes to.
+    pub layer: Option<LayerId>,
     /// Its limits.
     pub limits: MigrationLimits,
     /// Whether the source goes once the destination is authoritative.
@@ -91,13 +98,13 @@ pub struct JobRecord {
     pub status: MigrationStatus,
 }
 
-/// The files that were made for a job.
+/// The files that a job writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobFiles {
     /// Which file the destination is.
     pub destination: FileIdentity,
-    /// Which file the journal is.
-    pub journal: FileIdentity,
+    /// Which file the journal is, if it has one.
+    pub journal: Option<FileIdentity>,
 }
 
 /// A job to be.
@@ -115,6 +122,12 @@ pub struct NewJob {
     pub destination: Binding,
     /// The destination's datastore.
     pub to: String,
+    /// What it does.
+    pub kind: JobKind,
+    /// The snapshot that it takes or goes back to.
+    pub snapshot: Option<String>,
+    /// The layer that it goes back to or writes to.
+    pub layer: Option<LayerId>,
     /// Its limits.
     pub limits: MigrationLimits,
     /// Whether the source goes once the destination is authoritative.
@@ -218,6 +231,15 @@ impl Inventory {
                 })
                 .into());
             }
+            match (new.kind, new.layer) {
+                (JobKind::Consolidate, Some(layer)) => {
+                    layers::only_below(tx, &new.vm, &new.disk, layer)?;
+                }
+                (JobKind::Consolidate | JobKind::Revert, None) => {
+                    return Err(corrupt(&name(0), "it names no layer").into());
+                }
+                _ => {}
+            }
             let status = |id: JobId| MigrationStatus {
                 job: id,
                 disk: new.disk.clone(),
@@ -233,8 +255,10 @@ impl Inventory {
             };
             tx.execute(
                 "INSERT INTO jobs (vm, disk, source, destination, datastore, limits,
-                     remove_source, source_file, source_format, destination_format, state, status)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing', '')",
+                     remove_source, source_file, source_format, destination_format, kind,
+                     snapshot, layer, state, status)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13,
+                     'preparing', '')",
                 params![
                     new.vm,
                     new.disk,
@@ -246,6 +270,9 @@ impl Inventory {
                     source_file,
                     new.source.format.name(),
                     new.destination.format.name(),
+                    new.kind.name(),
+                    new.snapshot,
+                    new.layer.map(|layer| layer.0),
                 ],
             )?;
             let seq = tx.last_insert_rowid();
@@ -269,7 +296,10 @@ impl Inventory {
     /// The inventory cannot be written.
     pub fn job_running(&self, id: &JobId, files: &JobFiles) -> Result<()> {
         let destination = to_json("a job's destination", &files.destination)?;
-        let journal = to_json("a job's journal", &files.journal)?;
+        let journal = files.journal.as_ref();
+        let journal = journal
+            .map(|journal| to_json("a job's journal", journal))
+            .transpose()?;
         self.write("record a job's destination", |tx| {
             step(tx, id, &[JobState::Preparing], JobState::Running)?;
             tx.execute(
@@ -302,21 +332,7 @@ impl Inventory {
     pub fn commit_job(&self, id: &JobId) -> Result<()> {
         self.write("commit a job", |tx| {
             let job = step(tx, id, &[JobState::Running], JobState::Committed)?;
-            let moved = tx.execute(
-                "UPDATE disks SET image = ?4, format = ?7, datastore = ?5, created = 1, file = ?6
-                     WHERE vm = ?1 AND name = ?2 AND image = ?3",
-                params![
-                    job.vm,
-                    job.disk,
-                    job.source.location.text()?,
-                    job.destination.location.text()?,
-                    job.to,
-                    job.files
-                        .map(|files| to_json("a job's destination", &files.destination))
-                        .transpose()?,
-                    job.destination.format.name(),
-                ],
-            )?;
+            let moved = rebind(tx, &job)?;
             tx.execute(
                 "UPDATE vms SET revision = revision + 1 WHERE name = ?1",
                 [&job.vm],
@@ -373,6 +389,72 @@ impl Inventory {
             Ok(())
         })
     }
+}
+
+/// Binds the job's disk to its destination; gives the number of disks that were on its source.
+fn rebind(tx: &Connection, job: &JobRecord) -> Attempt<usize> {
+    let source = job.source.location.text()?;
+    let bound: Option<Option<i64>> = tx
+        .query_row(
+            "SELECT parent FROM disks WHERE vm = ?1 AND name = ?2 AND image = ?3",
+            params![job.vm, job.disk, source],
+            |row| row.get(0),
+        )
+        .optional()?;
+    let Some(parent) = bound else {
+        return Ok(0);
+    };
+    let keep = |name: &str| layers::keep_image(tx, &job.vm, &job.disk, name, to_sql(now_ms()));
+    // Where the destination is, whether Strake made it, and what it is based on.
+    let to = Some(job.to.as_str()).filter(|to| !to.is_empty());
+    let (to, created, based_on) = match (job.kind, job.layer) {
+        // What stays of a chain stays in the tree of the disk.
+        (JobKind::Migrate, _) if parent.is_some() && !job.remove_source => {
+            keep(&format!("before-{}", job.id))?;
+            (to.map(str::to_owned), true, None)
+        }
+        (JobKind::Migrate, _) => (to.map(str::to_owned), true, None),
+        (JobKind::Snapshot, _) => {
+            let name = job.snapshot.as_deref().unwrap_or("snapshot");
+            (to.map(str::to_owned), true, Some(keep(name)?.0))
+        }
+        (JobKind::Revert, layer) => (to.map(str::to_owned), true, layer.map(|layer| layer.0)),
+        (JobKind::Consolidate, Some(layer)) => {
+            layers::only_below(tx, &job.vm, &job.disk, layer)?;
+            tx.query_row(
+                "DELETE FROM layers WHERE id = ?1 RETURNING datastore, created, parent",
+                [layer.0],
+                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+            )?
+        }
+        (JobKind::Consolidate, None) => return Err(corrupt(&job.id, "it names no layer").into()),
+    };
+    Ok(tx.execute(
+        "UPDATE disks SET image = ?4, format = ?5, datastore = ?6, created = ?7, file = ?8,
+             parent = ?9 WHERE vm = ?1 AND name = ?2 AND image = ?3",
+        params![
+            job.vm,
+            job.disk,
+            source,
+            job.destination.location.text()?,
+            job.destination.format.name(),
+            to,
+            created,
+            job.files
+                .as_ref()
+                .map(|files| to_json("a job's destination", &files.destination))
+                .transpose()?,
+            based_on,
+        ],
+    )?)
+}
+
+fn now_ms() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .ok()
+        .and_then(|since| u64::try_from(since.as_millis()).ok())
+        .unwrap_or(0)
 }
 
 /// Moves a job from one of `from` to `to`.
@@ -437,6 +519,9 @@ struct Raw {
     status: String,
     source_format: String,
     destination_format: String,
+    kind: String,
+    snapshot: Option<String>,
+    layer: Option<i64>,
 }
 
 fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
@@ -456,6 +541,9 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
         status: row.get(12)?,
         source_format: row.get(13)?,
         destination_format: row.get(14)?,
+        kind: row.get(15)?,
+        snapshot: row.get(16)?,
+        layer: row.get(17)?,
     })
 }
 
@@ -463,7 +551,7 @@ fn select(db: &Connection, rest: &str, values: impl rusqlite::Params) -> Attempt
     let mut statement = db.prepare(&format!(
         "SELECT seq, vm, disk, source, destination, datastore, limits, remove_source, state,
              source_file, destination_file, journal_file, status, source_format,
-             destination_format FROM jobs {rest}"
+             destination_format, kind, snapshot, layer FROM jobs {rest}"
     ))?;
     let rows = statement
         .query_map(values, raw)?
@@ -477,7 +565,8 @@ fn job(raw: Raw) -> Result<JobRecord> {
     let file = |text: Option<String>| -> Result<Option<FileIdentity>> {
         text.map(|text| from_json(&record, &text)).transpose()
     };
-    let made = file(raw.destination_file)?.zip(file(raw.journal_file)?);
+    let made = file(raw.destination_file)?;
+    let journal = file(raw.journal_file)?;
     Ok(JobRecord {
         vm: raw.vm,
         disk: raw.disk,
@@ -489,7 +578,11 @@ fn job(raw: Raw) -> Result<JobRecord> {
         state: JobState::parse(&raw.state)
             .ok_or_else(|| corrupt(&id, &format!("its state is '{}'", raw.state)))?,
         source_file: file(raw.source_file)?,
-        files: made.map(|(destination, journal)| JobFiles {
+        kind: JobKind::named(&raw.kind)
+            .ok_or_else(|| corrupt(&id, &format!("it is to '{}'", raw.kind)))?,
+        snapshot: raw.snapshot,
+        layer: raw.layer.map(LayerId),
+        files: made.map(|destination| JobFiles {
             destination,
             journal,
         }),

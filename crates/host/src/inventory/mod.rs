@@ -8,6 +8,7 @@
 
 mod datastores;
 mod jobs;
+mod layers;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ use strake_observe::{Observation, OsContext, Result};
 
 pub use datastores::DatastoreRecord;
 pub use jobs::{JobFiles, JobRecord, JobState, NewJob};
+pub use layers::{LayerId, LayerRecord};
 pub use vms::{DiskRecord, NicRecord, StoredState, VmRecord};
 
 use crate::config::show;

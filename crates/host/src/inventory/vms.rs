@@ -5,6 +5,7 @@ use strake_api::control::ExitReason;
 use strake_api::spec::VmSpec;
 use strake_observe::{Observation, Result};
 
+use super::layers::{self, LayerId, LayerRecord};
 use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
 use crate::observations::{InventoryCorrupt, NicConflict, NoSuchVm, VmExists};
 use crate::{Binding, FileIdentity, Location};
@@ -91,6 +92,10 @@ pub struct DiskRecord {
     pub created: bool,
     /// Which file the image was when it was created or, later, when a monitor last got it.
     pub file: Option<FileIdentity>,
+    /// The layer that the image is based on, if that is one of the disk's own.
+    pub parent: Option<LayerId>,
+    /// The layers of the disk, the oldest first: its snapshots, and what is below other images.
+    pub layers: Vec<LayerRecord>,
 }
 
 /// A network interface.
@@ -325,11 +330,14 @@ pub(super) fn users_of_image(
 ) -> Attempt<Vec<(String, DiskRecord)>> {
     let mut statement = db.prepare(&format!("{DISK}, vm FROM disks WHERE image = ?1"))?;
     let rows = statement.query_map([image.text()?], |row| {
-        Ok((row.get::<_, String>(9)?, disk(row)?))
+        Ok((row.get::<_, String>(10)?, disk(row)?))
     })?;
     let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
     rows.into_iter()
-        .map(|(vm, raw)| Ok((vm, raw.known()?)))
+        .map(|(vm, raw)| {
+            let layers = layers::of_disk(db, &vm, &raw.name)?;
+            Ok((vm, raw.known(layers)?))
+        })
         .collect()
 }
 
@@ -358,7 +366,8 @@ fn exists(db: &Connection, name: &str) -> Attempt<bool> {
         .is_some())
 }
 
-const DISK: &str = "SELECT name, slot, image, datastore, size, read_only, created, file, format";
+const DISK: &str =
+    "SELECT name, slot, image, datastore, size, read_only, created, file, format, parent";
 
 /// The columns of a disk as SQLite has them.
 struct RawDisk {
@@ -371,10 +380,11 @@ struct RawDisk {
     created: bool,
     file: Option<String>,
     format: String,
+    parent: Option<i64>,
 }
 
 impl RawDisk {
-    fn known(self) -> Result<DiskRecord> {
+    fn known(self, layers: Vec<LayerRecord>) -> Result<DiskRecord> {
         let record = format!("disk '{}'", self.name);
         Ok(DiskRecord {
             slot: self.slot,
@@ -387,6 +397,8 @@ impl RawDisk {
                 .file
                 .map(|file| from_json(&record, &file))
                 .transpose()?,
+            parent: self.parent.map(LayerId),
+            layers,
             name: self.name,
         })
     }
@@ -403,6 +415,7 @@ fn disk(row: &Row<'_>) -> rusqlite::Result<RawDisk> {
         created: row.get(6)?,
         file: row.get(7)?,
         format: row.get(8)?,
+        parent: row.get(9)?,
     })
 }
 
@@ -454,8 +467,11 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
         .query_map([name], disk)?
         .collect::<rusqlite::Result<Vec<_>>>()?
         .into_iter()
-        .map(RawDisk::known)
-        .collect::<Result<_>>()?;
+        .map(|raw| {
+            let layers = layers::of_disk(db, name, &raw.name)?;
+            Ok(raw.known(layers)?)
+        })
+        .collect::<Attempt<_>>()?;
     let nics = db
         .prepare("SELECT name, slot, tap, bridge, mac FROM nics WHERE vm = ?1 ORDER BY position")?
         .query_map([name], nic)?

@@ -40,9 +40,11 @@ fn known(seen: &Observation) -> Option<StatusCode> {
 /// One line for each observation that is the client's to mend.
 fn own(id: &str) -> Option<StatusCode> {
     Some(match id {
-        "host.no-such-vm" | "host.no-such-disk" | "host.no-such-datastore" | "host.no-such-job" => {
-            StatusCode::NOT_FOUND
-        }
+        "host.no-such-vm"
+        | "host.no-such-disk"
+        | "host.no-such-datastore"
+        | "host.no-such-snapshot"
+        | "host.no-such-job" => StatusCode::NOT_FOUND,
         "host.request-refused" | "host.bad-name" => StatusCode::BAD_REQUEST,
         "api.spec-invalid"
         | "api.spec-problems"
@@ -59,6 +61,8 @@ fn own(id: &str) -> Option<StatusCode> {
         | "host.image-in-use"
         | "host.nic-conflict"
         | "host.wrong-state"
+        | "host.snapshot-exists"
+        | "host.no-snapshots"
         | "host.same-datastore"
         | "host.destination-exists"
         | "host.disk-busy"

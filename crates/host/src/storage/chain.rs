@@ -81,11 +81,12 @@ pub(crate) struct OpenImage {
     pub(crate) identity: FileIdentity,
 }
 
+/// One of its files.
 #[derive(Debug)]
-struct OpenLayer {
-    fd: OwnedFd,
-    path: PathBuf,
-    format: ImageFormat,
+pub(super) struct OpenLayer {
+    pub(super) fd: OwnedFd,
+    pub(super) path: PathBuf,
+    pub(super) format: ImageFormat,
     access: LayerAccess,
 }
 
@@ -148,7 +149,18 @@ pub(crate) fn open(
     })
 }
 
+impl OpenLayer {
+    /// Whether another descriptor is of the same file.
+    pub(super) fn is(&self, other: &OwnedFd) -> Result<bool> {
+        Ok(identity(&self.fd, &self.path)?.is(&identity(other, &self.path)?))
+    }
+}
+
 impl OpenImage {
+    pub(super) fn layers(&self) -> &[OpenLayer] {
+        &self.layers
+    }
+
     /// An image of one file, which is open and locked.
     pub(crate) fn single(
         fd: OwnedFd,
