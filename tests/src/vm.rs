@@ -289,12 +289,12 @@ impl Vm {
         self.migrate_with(host, to, &[])
     }
 
-    /// Migrates its disk, removes the source, and returns the job.
+    /// Migrates its disk with that method, removes the source, and returns the job.
     ///
     /// # Errors
     /// If the migration fails.
-    pub fn migrate_away(&self, host: &Host, to: &str) -> Outcome<Value> {
-        self.migrate_with(host, to, &["--remove-source"])
+    pub fn migrate_away(&self, host: &Host, to: &str, method: &str) -> Outcome<Value> {
+        self.migrate_with(host, to, &["--remove-source", "--method", method])
     }
 
     fn migrate_with(&self, host: &Host, to: &str, more: &[&str]) -> Outcome<Value> {

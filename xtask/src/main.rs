@@ -27,7 +27,11 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Task {
     /// Boots a guest, moves its disk while it writes, and verifies that nothing was lost.
-    Demo,
+    Demo {
+        /// How the disk is moved.
+        #[arg(long, default_value = "auto", value_parser = ["auto", "dirty", "mirror"])]
+        method: String,
+    },
     /// Runs every test: lints, unit and property tests, fuzzers, and the whole system.
     Test(TestArguments),
     /// Measures Strake beside its peers, for example `bench storage --quick`.
@@ -106,7 +110,7 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<ExitCode> {
     let done = |()| ExitCode::SUCCESS;
     match task {
-        Task::Demo => show::demo().map(done),
+        Task::Demo { method } => show::demo(&method).map(done),
         Task::Test(arguments) => suite::run(&Plan {
             only: arguments.only,
             fuzz: Duration::from_secs(arguments.fuzz_seconds),

@@ -12,14 +12,15 @@ use crate::{build, setup, tool, workspace};
 /// Half of it is enough on two cores; a busy machine shall still see its end.
 const DEMO_LIMIT: Duration = Duration::from_secs(400);
 
-/// Runs the demo.
+/// Runs the demo with that method of migration.
 ///
 /// # Errors
 /// If something cannot be had, or the demo does not end well.
-pub fn demo() -> Result<()> {
+pub fn demo(method: &str) -> Result<()> {
     setup::all()?;
     eprintln!("building Strake and its guest; the first time takes a few minutes");
-    let mut command = whole::command(&["strake-demo".to_owned()], Debian::Absent, DEMO_LIMIT)?;
+    let program = ["strake-demo", "--method", method].map(str::to_owned);
+    let mut command = whole::command(&program, Debian::Absent, DEMO_LIMIT)?;
     if std::io::stdout().is_terminal()
         && let Ok(size) = rustix::termios::tcgetwinsize(std::io::stdout())
     {

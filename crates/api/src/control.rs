@@ -119,6 +119,18 @@ pub enum Request {
         /// Of these the pause counts, and what is suspended.
         limits: MigrationLimits,
     },
+    /// Moves what the uppermost layer of a disk has into the image below it, as a migration to that
+    /// one. Answered by [`Reply::Done`] once it is accepted.
+    ConsolidateDisk {
+        /// Names it from now on.
+        job: JobId,
+        /// The disk's name.
+        disk: String,
+        /// The image below the disk's uppermost layer, open for writing.
+        below: LayerConfig,
+        /// Limits.
+        limits: MigrationLimits,
+    },
     /// Answered by [`Reply::Job`].
     JobStatus {
         /// Which.

@@ -77,6 +77,9 @@ pub enum Method {
     Dirty,
     /// One pass; what the guest writes to copied parts goes to both sides at once.
     Mirror,
+    /// The guest's writes go to an overlay while the image, which does not change then, is copied;
+    /// the overlay is consolidated into the copy afterwards.
+    Snapshot,
 }
 
 impl Method {
@@ -87,6 +90,7 @@ impl Method {
             Self::Auto => "auto",
             Self::Dirty => "dirty",
             Self::Mirror => "mirror",
+            Self::Snapshot => "snapshot",
         }
     }
 
@@ -97,7 +101,29 @@ impl Method {
     }
 }
 
-/// The method that a job uses at the moment: [`Method::Dirty`] or [`Method::Mirror`], and why.
+/// What the daemon's record of the disk is to name when it commits. A job with method
+/// [`Snapshot`](Method::Snapshot) asks twice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stage {
+    /// The destination. The job is complete then.
+    #[default]
+    Destination,
+    /// The overlay. It is over the source until its own header names the destination.
+    Overlay,
+    /// The source again: what came into the overlay meanwhile is there. The job has failed then.
+    Source,
+}
+
+impl Stage {
+    /// Whether it is the usual one.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// The method that a job uses at the moment (never [`Method::Auto`]), and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MethodUsed {
     /// What it is.
@@ -124,6 +150,14 @@ pub enum MethodReason {
         /// Bytes per second that are copied.
         copy_rate: u64,
     },
+    /// The guest writes too fast for passes, and what it writes until the image is copied is
+    /// expected to be within the limit of an overlay.
+    OverlayFits {
+        /// How many bytes the overlay is expected to get.
+        expected: u64,
+        /// Its limit.
+        limit: u64,
+    },
     /// A pass left nearly as much as it found, or more.
     NotShrinking {
         /// Bytes that were dirty before it.
@@ -147,6 +181,12 @@ impl std::fmt::Display for MethodReason {
                 "the guest dirties {} MiB/s, {} MiB/s are copied",
                 write_rate / MIB,
                 copy_rate / MIB
+            ),
+            Self::OverlayFits { expected, limit } => write!(
+                f,
+                "the guest writes too fast for passes; an overlay takes some {} MiB of the {} MiB that it may",
+                expected.div_ceil(MIB),
+                limit / MIB
             ),
             Self::NotShrinking { before, after } => write!(
                 f,
@@ -174,6 +214,10 @@ pub struct MigrationLimits {
     // Not written if it is the usual one, which monitors from before there were others do not know.
     #[serde(skip_serializing_if = "Method::is_default")]
     pub method: Method,
+    /// The most that the overlay of method `snapshot` may get, in bytes, before the job turns back;
+    /// none means the size of the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delta_bytes: Option<u64>,
 }
 
 impl Default for MigrationLimits {
@@ -186,6 +230,7 @@ impl Default for MigrationLimits {
             max_passes: 64,
             suspend: Suspend::Disk,
             method: Method::default(),
+            delta_bytes: None,
         }
     }
 }
@@ -235,6 +280,31 @@ pub struct PassReport {
     pub dirty_after_bytes: u64,
 }
 
+/// The overlay of a job with method [`Snapshot`](Method::Snapshot).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OverlayStatus {
+    /// Its path.
+    pub path: String,
+    /// Bytes that it uses.
+    pub bytes: u64,
+    /// The most that it may before the job turns back.
+    pub limit: u64,
+    /// What is done meanwhile.
+    pub step: OverlayStep,
+}
+
+/// What a job with method [`Snapshot`](Method::Snapshot) does while the disk is on the overlay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OverlayStep {
+    /// It copies the source, which the overlay is over.
+    Copy,
+    /// It consolidates the overlay into the copy, which the overlay is over now.
+    Consolidate,
+    /// It turns back: it consolidates the overlay into the source.
+    TurnBack,
+}
+
 /// The state of a migration job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct MigrationStatus {
@@ -259,7 +329,10 @@ pub struct MigrationStatus {
     /// The method in use, once one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<Box<MethodUsed>>,
-    /// Why it failed.
+    /// The overlay that the disk is on. In a job that has ended: that it was left on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Box<OverlayStatus>>,
+    /// Why it failed, or what it left to be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Observation>,
 }

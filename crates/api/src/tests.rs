@@ -29,6 +29,7 @@ fn status(passes: u32) -> MigrationStatus {
         pause_ms: None,
         elapsed_ms: 1,
         method: None,
+        overlay: None,
         failure: None,
     }
 }

@@ -273,4 +273,36 @@ strake_observe::catalog! {
     }
     text "the migration's journal has version {version}, only {known} is known here";
     remedy "use the version of strake that wrote it";
+
+    /// A job with method `snapshot` was given no overlay.
+    NoOverlay("block.no-overlay") {
+        /// The job.
+        job: String,
+    }
+    text "job {job} has no overlay, which method snapshot needs";
+    remedy "ask for another method (--method)";
+
+    /// The overlay of a migration got as large as it may.
+    OverlayFull("block.overlay-full") {
+        /// The path of the overlay.
+        path: String,
+        /// How large it is.
+        bytes: u64,
+        /// Its limit.
+        limit: u64,
+    }
+    text "the guest wrote {bytes} bytes to {path} before its disk was copied; {limit} are allowed, and all of it was to fit when it is consolidated";
+    remedy "allow more (--delta-limit), or use --method mirror, which needs no space";
+
+    /// A disk was left on the overlay of a migration.
+    LeftOnOverlay("block.left-on-overlay") {
+        /// The disk's name.
+        disk: String,
+        /// The path of the overlay.
+        overlay: String,
+        /// The path of what it is over.
+        below: String,
+    }
+    text "disk '{disk}' is on {overlay} over {below} now; nothing of it is lost, and both are needed";
+    remedy "put them together: strake disk consolidate VM {disk}";
 }

@@ -4,15 +4,19 @@
 //! files; here it is only looked whether they fit what was said of them.
 
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use strake_api::image::{ImageConfig, ImageFormat, LayerAccess, LayerConfig};
-use strake_block::lock::Share;
+use strake_block::lock::{self, Share};
 use strake_block::{Access, Covered, Image, MakeCover, RawImage};
-use strake_observe::Result;
-use strake_qcow2::{ChainPart, FileStore, Format, Qcow2Image, open_chain};
+use strake_observe::{OsContext, Result};
+use strake_qcow2::{Below, ChainPart, Consolidation, FileStore, Format, Qcow2Image, open_chain};
 
 use crate::Descriptors;
-use crate::observations::ImageMismatch;
+use crate::observations::{ImageMismatch, ImageShared};
+
+/// How long it is tried to have a file alone that was shared.
+const CLAIM_LIMIT: Duration = Duration::from_secs(2);
 
 /// The image that `config` describes, for `purpose`.
 ///
@@ -97,6 +101,71 @@ pub(crate) fn cover(overlay: &LayerConfig, fds: &mut Descriptors) -> Result<(Mak
         }
     };
     Ok((Box::new(make), Box::new(covered)))
+}
+
+/// The consolidation of the uppermost layer of `image` into what is below it, which `below` has open
+/// for writing.
+///
+/// # Errors
+/// It has none below it, or that is not what was said.
+pub(crate) fn consolidation(
+    image: &dyn Image,
+    below: &LayerConfig,
+    fds: &mut Descriptors,
+) -> Result<Consolidation> {
+    let purpose = "a consolidation";
+    let any = image.as_any();
+    let Some(qcow2) = any.and_then(|any| any.downcast_ref::<Qcow2Image>()) else {
+        return Err(ImageMismatch {
+            path: image.path().to_owned(),
+            purpose: purpose.to_owned(),
+            reason: "it has no image below it".to_owned(),
+        }
+        .into());
+    };
+    let below = match below.format {
+        ImageFormat::Raw => {
+            let fd = fds.take(below.file, purpose)?;
+            let raw = RawImage::from_fd(fd, below.path.clone(), Access::ReadWrite)?;
+            Below::Raw(Arc::new(raw))
+        }
+        ImageFormat::Qcow2 => Below::Qcow2(part(below, purpose, fds)?.store),
+    };
+    Consolidation::new(qcow2, below)
+}
+
+/// Tries to have the file of a disk's image for this machine alone, as at its start. Somebody who
+/// reads it may be in the way; that is told.
+pub(crate) fn claim(image: &dyn Image) {
+    let any = image.as_any();
+    let qcow2 = any.and_then(|any| any.downcast_ref::<Qcow2Image>());
+    let raw = any.and_then(|any| any.downcast_ref::<RawImage>());
+    let attempt = || match (qcow2, raw) {
+        (Some(qcow2), _) => qcow2.share_layer(0, Share::Alone),
+        (None, Some(raw)) => {
+            let fd = raw.descriptor()?;
+            lock::take(fd, Share::Alone).os("fcntl(F_OFD_SETLK)", image.path())
+        }
+        (None, None) => Ok(true),
+    };
+    let end = Instant::now() + CLAIM_LIMIT;
+    let seen = loop {
+        match attempt() {
+            Ok(true) => return,
+            Ok(false) if Instant::now() < end => {
+                // Queues that were idle still have the old image, which has this file below it.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(false) => {
+                break ImageShared {
+                    path: image.path().to_owned(),
+                }
+                .into();
+            }
+            Err(seen) => break seen,
+        }
+    };
+    strake_observe::recorder().record(seen, strake_observe::State::Open);
 }
 
 /// One layer with its file.

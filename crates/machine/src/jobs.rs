@@ -11,13 +11,14 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use strake_api::control::Event;
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus};
+use strake_api::control::{Event, LayerConfig};
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
 use strake_block::{Covered, Image, LiveDisk, MakeCover, Migration, SwitchHooks};
 use strake_observe::Result;
 
-use crate::Mailbox;
+use crate::images;
 use crate::observations::{JobExists, NoSuchDisk, NoSuchJob, WrongState};
+use crate::{Descriptors, Mailbox};
 
 /// How many ended jobs a status tells of. A daemon that comes back and misses one asks for it by
 /// name.
@@ -53,6 +54,21 @@ pub struct SnapshotRequest {
     pub make: MakeCover,
     /// Called once it does.
     pub covered: Covered,
+    /// Limits.
+    pub limits: MigrationLimits,
+}
+
+/// What a consolidation needs.
+#[derive(Debug)]
+pub struct ConsolidateRequest {
+    /// Its name.
+    pub job: JobId,
+    /// The disk.
+    pub disk: String,
+    /// The image below the disk's uppermost layer.
+    pub below: LayerConfig,
+    /// The descriptors that came with it.
+    pub fds: Descriptors,
     /// Limits.
     pub limits: MigrationLimits,
 }
@@ -110,6 +126,39 @@ impl SwitchHooks for Hooks {
     }
 }
 
+/// The hooks of a job after which the disk's image is no longer shared.
+struct Claims {
+    inner: Arc<dyn SwitchHooks>,
+    disk: Weak<LiveDisk>,
+}
+
+impl SwitchHooks for Claims {
+    fn suspend_vm(&self, limit: Duration) -> Result<()> {
+        self.inner.suspend_vm(limit)
+    }
+
+    fn resume_vm(&self) {
+        self.inner.resume_vm();
+    }
+
+    fn can_ask(&self) -> bool {
+        self.inner.can_ask()
+    }
+
+    fn await_commit(&self, job: &JobId) {
+        self.inner.await_commit(job);
+    }
+
+    fn ended(&self, status: &MigrationStatus) {
+        if status.phase == Phase::Completed
+            && let Some(disk) = self.disk.upgrade()
+        {
+            images::claim(&*disk.image());
+        }
+        self.inner.ended(status);
+    }
+}
+
 impl Jobs {
     pub(crate) fn start(
         &self,
@@ -137,6 +186,29 @@ impl Jobs {
         self.begin(&id, &name, disks, machine, mailbox, |disk, hooks| {
             let (make, covered) = (request.make, request.covered);
             Migration::cover(disk, make, covered, request.job, request.limits, hooks)
+        })
+    }
+
+    pub(crate) fn consolidate(
+        &self,
+        request: ConsolidateRequest,
+        disks: &[Arc<LiveDisk>],
+        machine: &Arc<dyn Hold>,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<()> {
+        let (id, name) = (request.job.clone(), request.disk.clone());
+        let mut fds = request.fds;
+        self.begin(&id, &name, disks, machine, mailbox, |disk, hooks| {
+            let image = disk.image();
+            let overlay = images::consolidation(&*image, &request.below, &mut fds)?;
+            drop(image);
+            let hooks = Arc::new(Claims {
+                inner: hooks,
+                disk: Arc::downgrade(&disk),
+            });
+            let base = overlay.base();
+            let (job, limits) = (request.job, request.limits);
+            Migration::consolidate(disk, base, Arc::new(overlay), job, limits, hooks)
         })
     }
 
@@ -252,7 +324,7 @@ fn told(mut all: Vec<MigrationStatus>) -> Vec<MigrationStatus> {
 #[cfg(test)]
 mod tests {
     use strake_api::control::{Body, MAX_PACKET, Packet, Reply, RunState, VmStatus};
-    use strake_api::job::{PassReport, Phase};
+    use strake_api::job::PassReport;
 
     use super::*;
 
@@ -269,6 +341,7 @@ mod tests {
             pause_ms: Some(0.1),
             elapsed_ms: u64::MAX,
             method: None,
+            overlay: None,
             failure: None,
         };
         let mut all: Vec<_> = (0..500).map(|n| job(n, Phase::Completed)).collect();

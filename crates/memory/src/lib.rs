@@ -8,13 +8,27 @@
 //! The memfd is sealed against changes of its size: a daemon that went wrong cannot truncate it
 //! under the monitor, which would turn a guest's access into a signal. Pages can still be punched
 //! out.
+//!
+//! With a [`Pager`] a guest's memory need not all be in the host's: cold pages leave for the VM's
+//! own [`SwapFile`](swap::SwapFile), a compressed tier in memory, or no place at all if a disk holds
+//! the same data, and come back when the guest or a device touches them.
 
 mod memfd;
 pub mod observations;
+mod pagemap;
+pub mod pager;
 mod ram;
+pub mod swap;
+mod sync;
+mod uffd;
+mod window;
 
 pub use memfd::create_memfd;
+pub use pagemap::Pagemap;
+pub use pager::{Pager, PagerConfig};
 pub use ram::{GuestRam, Slot};
+pub use uffd::UffdAccess;
+pub use window::Page;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
@@ -23,6 +37,9 @@ pub type GuestMemory = GuestMemoryMmap<()>;
 
 /// The guest's memory as devices hold it: gives a [`GuestMemory`] for each use.
 pub type Ram = GuestMemoryAtomic<GuestMemory>;
+
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
 
 /// RAM below 4 GiB ends here; above it up to [`HIGH_RAM_START`] is MMIO.
 pub const LOW_RAM_END: u64 = 0xC000_0000;

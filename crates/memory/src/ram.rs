@@ -17,6 +17,7 @@ pub struct GuestRam {
     ram: Ram,
     slots: Vec<Slot>,
     size: u64,
+    memfd: Arc<File>,
 }
 
 /// One contiguous range of RAM, as KVM is told about it.
@@ -72,7 +73,17 @@ impl GuestRam {
             ram: Ram::new(memory),
             slots,
             size,
+            memfd: file,
         })
+    }
+
+    /// Another descriptor of the memfd.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn memfd(&self) -> Result<OwnedFd> {
+        let memfd = self.memfd.try_clone();
+        Ok(memfd.os("dup", "the memfd of guest RAM")?.into())
     }
 
     /// The memory for devices; clones share it.

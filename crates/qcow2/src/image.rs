@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use strake_block::{Access, BadRequest, Event, Image, ImageQueue, Operation};
@@ -21,8 +22,6 @@ use crate::state::Qcow;
 #[derive(Debug)]
 pub struct Qcow2Image {
     pub(crate) shared: Arc<Shared>,
-    /// One job at a time changes the header or the list of layers.
-    pub(crate) changing: Mutex<()>,
 }
 
 /// What the queues of an image share.
@@ -31,6 +30,10 @@ pub(crate) struct Shared {
     pub(crate) path: String,
     pub(crate) top: Arc<Qcow>,
     layers: RwLock<Arc<Vec<Layer>>>,
+    /// One job at a time changes the header or the list of layers.
+    pub(crate) changing: Mutex<()>,
+    /// All that it has is elsewhere too: nothing is worth the writing any more.
+    pub(crate) merged: AtomicBool,
 }
 
 /// A part of a disk that is alike.
@@ -56,13 +59,18 @@ impl Shared {
         Arc::clone(&self.layers.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(crate) fn set_layers(&self, layers: Vec<Layer>) {
-        *self.layers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(layers);
+    /// Gives back the list that was in use.
+    pub(crate) fn set_layers(&self, layers: Vec<Layer>) -> Arc<Vec<Layer>> {
+        let mut list = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *list, Arc::new(layers))
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        if self.merged.load(Ordering::Relaxed) {
+            return;
+        }
         for layer in self.layers().iter() {
             if let Layer::Qcow(qcow) = layer
                 && qcow.access == Access::ReadWrite
@@ -89,8 +97,9 @@ impl Qcow2Image {
                 path: top.store.path().to_owned(),
                 top,
                 layers: RwLock::new(Arc::new(layers)),
+                changing: Mutex::new(()),
+                merged: AtomicBool::new(false),
             }),
-            changing: Mutex::new(()),
         })
     }
 
@@ -128,7 +137,11 @@ impl Qcow2Image {
     /// # Errors
     /// When the name does not fit or the file system fails.
     pub fn rebase(&self, backing: Option<&Backing>) -> Result<()> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self
+            .shared
+            .changing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         self.shared.top.rebase(backing)
     }
 
@@ -224,6 +237,13 @@ pub(crate) fn extent(layers: &[Layer], from: usize, at: u64, len: u64) -> Result
 }
 
 impl Qcow {
+    /// How much of its file was ever used, in bytes; the length if that is not known.
+    pub(crate) fn end_of_use(&self) -> u64 {
+        let state = self.lock();
+        let known = state.refs.as_ref().and_then(|refs| refs.end_of_use());
+        known.unwrap_or(state.length)
+    }
+
     /// Writes what is left and cuts off what is not used at the end.
     pub(crate) fn close(self: &Arc<Self>) -> Result<()> {
         if self.is_dirty() || !self.lock().batches.is_empty() {

@@ -17,7 +17,8 @@
 //! * `map`: where a byte of the guest is; `plan`: where a byte of the guest goes;
 //! * `layer`, `chain`: layers on each other, listed by the daemon and built by the monitor;
 //! * `image`, `queue`: the [`strake_block::Image`] on top, one state machine per request;
-//! * `create`, `resize`, `live`, [`Commit`], [`Stream`]: what changes images as a whole.
+//! * `create`, `resize`, `live`, [`Commit`], [`Stream`], [`Consolidation`], [`NewOverlay`]: what changes
+//!   images as a whole.
 //!
 //! Threads: none of its own. Every queue is driven by its owner; jobs by whoever steps them. One
 //! mutex per layer guards its tables; it is held for memory operations and for the reading of a
@@ -27,6 +28,7 @@
 mod chain;
 mod commit;
 mod compressed;
+mod consolidate;
 mod create;
 mod flush;
 mod header;
@@ -37,6 +39,7 @@ mod map;
 mod memory;
 mod num;
 mod observations;
+mod overlay;
 mod plan;
 mod queue;
 mod rebase;
@@ -51,10 +54,12 @@ pub use chain::{
     ChainPart, Format, MAX_LAYERS, Member, open_chain, open_member, open_single, survey,
 };
 pub use commit::Commit;
+pub use consolidate::{Below, Consolidation};
 pub use create::{CreateOptions, create};
 pub use header::{Backing, Header};
 pub use image::{Extent, ExtentKind, Qcow2Image};
 pub use observations::*;
+pub use overlay::NewOverlay;
 pub use rebase::rebase;
 pub use store::{FileStore, Store};
 pub use stream::Stream;

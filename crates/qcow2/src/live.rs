@@ -9,6 +9,7 @@ use strake_block::Access;
 use strake_block::lock::Share;
 use strake_observe::Result;
 
+use crate::consolidate::Replaced;
 use crate::header::Backing;
 use crate::image::Qcow2Image;
 use crate::layer::Layer;
@@ -24,7 +25,7 @@ impl Qcow2Image {
     }
 
     /// Opens a layer's file as qcow2.
-    fn open_part(part: ChainPart, has_below: bool) -> Result<Layer> {
+    pub(crate) fn open_part(part: ChainPart, has_below: bool) -> Result<Layer> {
         let path = part.store.path().to_owned();
         let wrong = |why: &str| ChainChanged {
             path: path.clone(),
@@ -33,6 +34,7 @@ impl Qcow2Image {
         if part.format != Format::Qcow2 {
             return Err(wrong("it is not qcow2").into());
         }
+        part.store.get_ready();
         let qcow = Qcow::open(part.store, part.access)?;
         if qcow.lock().header.backing.is_some() != has_below {
             return Err(wrong("its header does not fit where it is to be").into());
@@ -81,21 +83,30 @@ impl Qcow2Image {
         }
     }
 
-    /// Opens a layer again, mostly to write what was opened for reading.
+    /// Opens a layer again, mostly to write what was opened for reading. When it returns nobody
+    /// reads by the old one's tables any more.
     ///
     /// # Errors
-    /// When there is no such layer, or its file does not open.
+    /// When there is no such layer, its file does not open, or reads of the old one do not end.
     pub fn reopen(&self, layer: usize, part: ChainPart) -> Result<()> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut layers = self.shared.layers().to_vec();
+        self.replace_layer(layer, part)?.wait(&self.shared.path)
+    }
+
+    /// As [`reopen`](Self::reopen), without the waiting.
+    pub(crate) fn replace_layer(&self, layer: usize, part: ChainPart) -> Result<Replaced> {
+        let shared = &self.shared;
+        let _changing = shared
+            .changing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut layers = shared.layers().to_vec();
         let last = layer + 1 >= layers.len();
         let opened = Self::open_part(part, !last)?;
-        match layers.get_mut(layer).filter(|_| layer > 0) {
-            Some(place) => *place = opened,
+        let old = match layers.get_mut(layer).filter(|_| layer > 0) {
+            Some(place) => std::mem::replace(place, opened),
             None => return Err(self.bad("it has no such layer below it").into()),
-        }
-        self.shared.set_layers(layers);
-        Ok(())
+        };
+        Ok(Replaced::new(shared.set_layers(layers), old))
     }
 
     /// Takes a layer out whose content was committed into the one below, which `backing` names:
@@ -105,7 +116,11 @@ impl Qcow2Image {
     /// When there is no such layer, or the header above cannot be changed; nothing has changed
     /// then.
     pub fn remove_layer(&self, layer: usize, backing: &Backing) -> Result<()> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self
+            .shared
+            .changing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut layers = self.shared.layers().to_vec();
         if layer == 0 || layer + 1 >= layers.len() {
             return Err(self

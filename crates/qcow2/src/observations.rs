@@ -171,4 +171,12 @@ strake_observe::catalog! {
     }
     text "copying what is below {child} into it stopped at offset {at}; its backing file is still needed";
     remedy "do what the cause below asks for, then go on";
+
+    /// A layer was opened again, and reads of the old one do not end.
+    LayerInUse("qcow2.layer-in-use") {
+        /// The path of the disk.
+        path: String,
+    }
+    text "reads of {path} that began long ago have not ended";
+    remedy "look at the device below (`dmesg`); try again when it answers";
 }

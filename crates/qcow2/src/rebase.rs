@@ -20,24 +20,42 @@ use crate::{BadOption, HeaderFull, Store};
 /// When it is no qcow2 image, the name does not fit, or the store fails.
 pub fn rebase(store: &dyn Store, backing: Option<&Backing>) -> Result<()> {
     let header = Header::read(store)?;
-    change(store, &header, backing).map(|_| ())
+    let place = put_name(store, &header, backing)?;
+    store.sync()?;
+    change(store, &header, backing, place)?;
+    store.sync()
 }
 
-/// The header as it is afterwards.
-fn change(store: &dyn Store, header: &Header, backing: Option<&Backing>) -> Result<Header> {
-    let full = || HeaderFull {
-        path: store.path().to_owned(),
+/// Writes the name to where it will be referred to.
+fn put_name(store: &dyn Store, header: &Header, backing: Option<&Backing>) -> Result<u64> {
+    let Some(backing) = backing else {
+        return Ok(0);
     };
-    let mut changed = header.clone();
-    let mut place = 0;
-    if let Some(backing) = backing {
-        if backing.path.is_empty() || backing.path.len() > MAX_NAME || backing.path.contains('\0') {
-            let path = store.path().to_owned();
-            let why = "the path of its backing file is empty or too long".to_owned();
-            return Err(BadOption { path, why }.into());
-        }
-        place = free_place(header, backing.path.len() as u64).ok_or_else(full)?;
+    if backing.path.is_empty() || backing.path.len() > MAX_NAME || backing.path.contains('\0') {
+        let path = store.path().to_owned();
+        let why = "the path of its backing file is empty or too long".to_owned();
+        return Err(BadOption { path, why }.into());
     }
+    let place = free_place(header, backing.path.len() as u64).ok_or_else(|| full(store))?;
+    store.write_at(place, backing.path.as_bytes())?;
+    Ok(place)
+}
+
+fn full(store: &dyn Store) -> HeaderFull {
+    HeaderFull {
+        path: store.path().to_owned(),
+    }
+}
+
+/// Writes the header with the name at that place, and says what it is then.
+fn change(
+    store: &dyn Store,
+    header: &Header,
+    backing: Option<&Backing>,
+    place: u64,
+) -> Result<Header> {
+    let full = || full(store);
+    let mut changed = header.clone();
     changed.set_backing(backing.cloned(), place);
     let mut first = vec![0; ATOMIC];
     store.read_at(0, &mut first)?;
@@ -50,12 +68,7 @@ fn change(store: &dyn Store, header: &Header, backing: Option<&Backing>) -> Resu
     }
     put(&mut first, at, &extensions);
     changed.extensions_end = (at + extensions.len()) as u64;
-    if let Some(backing) = backing {
-        store.write_at(place, backing.path.as_bytes())?;
-        store.sync()?;
-    }
     store.write_at(0, &first)?;
-    store.sync()?;
     Ok(changed)
 }
 
@@ -75,11 +88,16 @@ fn free_place(header: &Header, len: u64) -> Option<u64> {
 }
 
 impl Qcow {
-    /// Changes the image below in the header of this open one.
+    /// Changes the image below in the header of this open one. One at a time does.
     pub(crate) fn rebase(self: &Arc<Self>, backing: Option<&Backing>) -> Result<()> {
         self.flush()?;
-        let mut state = self.lock();
-        state.header = change(&*self.store, &state.header, backing)?;
-        Ok(())
+        // The guest's requests need the lock: no sync is waited for with it.
+        let place = put_name(&*self.store, &self.lock().header, backing)?;
+        self.store.sync()?;
+        {
+            let mut state = self.lock();
+            state.header = change(&*self.store, &state.header, backing, place)?;
+        }
+        self.store.sync()
     }
 }

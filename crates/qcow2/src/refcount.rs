@@ -70,6 +70,11 @@ impl Refcounts {
         })
     }
 
+    /// How much of the file was ever used, in bytes, if it is known.
+    pub(crate) fn end_of_use(&self) -> Option<u64> {
+        (self.untouched != u64::MAX).then(|| self.untouched << self.cluster_bits)
+    }
+
     /// How many clusters one block counts.
     pub(crate) fn per_block(&self) -> u64 {
         (8u64 << self.cluster_bits) >> self.order

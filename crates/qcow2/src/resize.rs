@@ -20,7 +20,11 @@ impl Qcow2Image {
     /// # Errors
     /// When it would become smaller or larger than the format allows, or the file system fails.
     pub fn grow(&self, size: u64) -> Result<()> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self
+            .shared
+            .changing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let top = &self.shared.top;
         let old = top.lock().header.size;
         let bad = |why: &str| BadOption {

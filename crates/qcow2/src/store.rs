@@ -88,6 +88,10 @@ pub trait Store: Send + Sync + Debug {
     /// When the file system fails.
     fn is_removed(&self) -> Result<bool>;
 
+    /// Does what opening its first queue needs, as far as it can: queues of lower layers are opened
+    /// by a virtqueue's thread when it first reads there, and that one may do little else.
+    fn get_ready(&self) {}
+
     /// Changes the lock on it: others may read it too from now on, or nobody else may use it. False
     /// if somebody else's lock is in the way.
     ///
@@ -302,6 +306,11 @@ impl Store for FileStore {
         }
         let stat = rustix::fs::fstat(self.fd.as_fd()).os("fstat", &self.path)?;
         Ok(stat.st_nlink == 0)
+    }
+
+    fn get_ready(&self) {
+        // What fails here fails when a queue is opened, which tells it.
+        let _ = self.raw();
     }
 
     fn share(&self, share: Share) -> Result<bool> {

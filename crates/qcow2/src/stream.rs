@@ -133,6 +133,7 @@ impl Stream {
     fn end(&self, copied: usize) -> Result<()> {
         let image = &self.image;
         let _changing = image
+            .shared
             .changing
             .lock()
             .unwrap_or_else(PoisonError::into_inner);

@@ -172,6 +172,12 @@ impl Machine {
                 let to = To::Cover(overlay);
                 self.migrate(Order { job, disk, to }, fds, &mut events)
             }
+            Request::ConsolidateDisk {
+                job, disk, below, ..
+            } => {
+                let to = To::Below(below);
+                self.migrate(Order { job, disk, to }, fds, &mut events)
+            }
             Request::JobStatus { job } => match self.job(&job) {
                 Some(job) => Reply::Job(job.status.clone()),
                 None => Reply::Failed(staged("no such job")),

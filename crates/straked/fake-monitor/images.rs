@@ -7,7 +7,7 @@ use strake_api::control::{FdIndex, ImageConfig, ImageFormat, LayerAccess, LayerC
 use strake_block::lock::Share;
 use strake_block::{Access, Blocking, Image, RawImage, SECTOR_BYTES};
 use strake_observe::Result;
-use strake_qcow2::{ChainPart, FileStore, Format, Qcow2Image, open_chain};
+use strake_qcow2::{Below, ChainPart, Consolidation, FileStore, Format, Qcow2Image, open_chain};
 
 use crate::staged;
 
@@ -89,6 +89,32 @@ pub(crate) fn cover(
     let fd = raw.descriptor()?;
     let base = part(fd, raw.path(), Format::Raw, Access::ReadOnly)?;
     Ok(open_chain(vec![top, base])?)
+}
+
+/// What is below the first layer, for writing. What the disk reads as, written there as a whole, is
+/// what a consolidation makes of it.
+pub(crate) fn below(
+    image: &Arc<dyn Image>,
+    below: &LayerConfig,
+    fds: &mut Fds,
+) -> Result<Arc<dyn Image>> {
+    let fd = fds.take(below.file);
+    let fd = fd.ok_or_else(|| staged("a descriptor is missing"))?;
+    let any = image.as_any();
+    let qcow2 = any.and_then(|any| any.downcast_ref::<Qcow2Image>());
+    match (below.format, qcow2) {
+        (ImageFormat::Raw, _) => Ok(Arc::new(RawImage::from_fd(
+            fd,
+            &below.path,
+            Access::ReadWrite,
+        )?)),
+        (ImageFormat::Qcow2, Some(qcow2)) => {
+            let store = FileStore::from_fd(fd, &below.path, Access::ReadWrite)?;
+            let consolidation = Consolidation::new(qcow2, Below::Qcow2(Arc::new(store)))?;
+            Ok(consolidation.base())
+        }
+        (ImageFormat::Qcow2, None) => Err(staged("nothing is below")),
+    }
 }
 
 /// Others may read what is below the first layer.

@@ -27,6 +27,7 @@ pub(crate) enum To {
         journal: FdIndex,
     },
     Cover(LayerConfig),
+    Below(LayerConfig),
 }
 
 pub(crate) struct Job {
@@ -62,15 +63,17 @@ impl Machine {
         let opened = match (&order.to, disk) {
             (To::Copy { destination, .. }, _) => images::open(destination, false, &mut fds),
             (To::Cover(overlay), Some(disk)) => images::cover(&disk.image, overlay, &mut fds),
-            (To::Cover(_), None) => Err(staged("no such disk")),
+            (To::Below(below), Some(disk)) => images::below(&disk.image, below, &mut fds),
+            (To::Cover(_) | To::Below(_), None) => Err(staged("no such disk")),
         };
         let destination = match opened {
             Ok(image) => image,
             Err(seen) => return Reply::Failed(seen),
         };
+        let covers = matches!(order.to, To::Cover(_));
         let journal = match order.to {
             To::Copy { journal, .. } => fds.take(journal),
-            To::Cover(_) => None,
+            To::Cover(_) | To::Below(_) => None,
         };
         let id = order.job.clone();
         let job = Job {
@@ -89,10 +92,11 @@ impl Machine {
                 pause_ms: None,
                 elapsed_ms: 1,
                 method: None,
+                overlay: None,
                 failure: None,
             },
             destination: Some(destination),
-            covers: journal.is_none(),
+            covers,
             _journal: journal,
         };
         self.jobs.push(job);

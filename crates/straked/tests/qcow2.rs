@@ -128,6 +128,8 @@ fn chains_that_lead_elsewhere_and_formats_that_lie_are_refused() {
     qemu_img(&[
         "create", "-q", "-f", "qcow2", "-b", &outside, "-F", "raw", &odd,
     ]);
+    let padded = std::fs::File::options().write(true).open(&odd).unwrap();
+    padded.set_len(256 * 1024).unwrap();
     for (image, format, why) in [
         ("slow:odd.qcow2", "qcow2", "qcow2.outside-of-datastores"),
         ("slow:base.raw", "qcow2", "qcow2.not-qcow2"),

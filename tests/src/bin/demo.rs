@@ -31,7 +31,16 @@ const CHECKSUM: Duration = Duration::from_secs(120);
 const COLUMNS: &str = "STRAKE_DEMO_COLUMNS";
 
 fn main() -> ExitCode {
-    match demo() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let method = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => "auto",
+        ["--method", method] => method,
+        _ => {
+            eprintln!("usage: strake-demo [--method METHOD]");
+            return ExitCode::from(2);
+        }
+    };
+    match demo(method) {
         Ok(()) => {
             println!("demo: ok");
             ExitCode::SUCCESS
@@ -49,7 +58,7 @@ fn step(text: &str) {
     let _ = std::io::stdout().flush();
 }
 
-fn demo() -> Outcome {
+fn demo(method: &str) -> Outcome {
     let mut table = Vec::new();
 
     step("a host: straked with two datastores, a and b, on file systems of their own");
@@ -88,11 +97,11 @@ fn demo() -> Outcome {
     println!("{} writes acknowledged so far", stamps.writes()?);
 
     step(&format!(
-        "strake disk migrate {} {DISK} --to b --rate {RATE} --remove-source",
+        "strake disk migrate {} {DISK} --to b --method {method} --rate {RATE} --remove-source",
         vm.name
     ));
     let source = vm.image(&host)?;
-    migrate(&host, &vm)?;
+    migrate(&host, &vm, method)?;
     let job = last_job(&host)?;
     let image = vm.image(&host)?;
     check!(
@@ -161,10 +170,10 @@ fn demo() -> Outcome {
 }
 
 /// Migrates as a user does; on a terminal, if there is one, so that the progress is seen.
-fn migrate(host: &Host, vm: &Vm) -> Outcome {
+fn migrate(host: &Host, vm: &Vm, method: &str) -> Outcome {
     let mut client = host.command();
     client.args(["disk", "migrate", &vm.name, DISK, "--to", "b"]);
-    client.args(["--rate", RATE, "--remove-source"]);
+    client.args(["--method", method, "--rate", RATE, "--remove-source"]);
     let columns = std::env::var(COLUMNS)
         .ok()
         .and_then(|text| text.parse().ok());
@@ -217,7 +226,10 @@ fn told(job: &Value) -> Outcome<Vec<(&'static str, String)>> {
     let bytes: u64 = passes.iter().filter_map(read).sum();
     let pause = millis("pause_ms").ok_or_else(missing)?;
     let took = millis("elapsed_ms").ok_or_else(missing)?;
+    let used = status("method").ok_or_else(missing)?;
+    let used = used.get("method").and_then(Value::as_str);
     Ok(vec![
+        ("method used", used.ok_or_else(missing)?.to_owned()),
         (
             "migration",
             format!(

@@ -53,6 +53,11 @@ const OF_A_START: &[&str] = &[
 /// The crash points that the reset of a guest passes before it starts again.
 const OF_A_RESET: &[&str] = &["after-exit-recorded", "before-restart"];
 
+/// The methods of migration take turns: whoever is killed, each has to come through.
+fn method(round: usize) -> &'static str {
+    if round % 2 == 0 { "mirror" } else { "dirty" }
+}
+
 /// All others lie on the way of a migration.
 fn of_a_migration(point: &str) -> bool {
     !OF_A_START.contains(&point) && !OF_A_RESET.contains(&point)
@@ -119,8 +124,9 @@ fn daemon_at_points(name: &str) -> Outcome {
     let vm = Vm::boot(&mut host, Shape::default())?;
     let stamps = Stamps::start(vm.guest(), "--rate 20")?;
     let monitor = vm.pid(&host)?;
-    for point in CRASH_POINTS.iter().filter(|point| of_a_migration(point)) {
-        daemon_at_point(&mut host, &vm, &stamps, point)
+    let points = CRASH_POINTS.iter().filter(|point| of_a_migration(point));
+    for (round, point) in points.enumerate() {
+        daemon_at_point(&mut host, &vm, &stamps, point, method(round))
             .and_then(|()| {
                 check!(vm.pid(&host)? == monitor, "the monitor was replaced");
                 Ok(())
@@ -136,7 +142,13 @@ fn daemon_at_points(name: &str) -> Outcome {
 
 /// One migration with a daemon that dies at the point. That the next attempt works is shown by
 /// the next point's, which has to come as far as that.
-fn daemon_at_point(host: &mut Host, vm: &Vm, stamps: &Stamps, point: &str) -> Outcome {
+fn daemon_at_point(
+    host: &mut Host,
+    vm: &Vm,
+    stamps: &Stamps,
+    point: &str,
+    method: &str,
+) -> Outcome {
     host.kill_daemon();
     host.start_daemon(&[("STRAKE_CRASH_AT", point)])?;
     let to = other_store(host, vm)?;
@@ -150,7 +162,8 @@ fn daemon_at_point(host: &mut Host, vm: &Vm, stamps: &Stamps, point: &str) -> Ou
     } else {
         &[]
     };
-    let client = vm.migrate_in_background(host, to, more)?;
+    let more = [&["--method", method], more].concat();
+    let client = vm.migrate_in_background(host, to, &more)?;
     if cancels {
         wait_until(
             "the migration is under way",
@@ -246,7 +259,8 @@ fn daemon_at_random(name: &str) -> Outcome {
     let stamps = Stamps::start(vm.guest(), "--rate 20")?;
     for round in 0..4 {
         let to = other_store(&host, &vm)?;
-        let client = vm.migrate_in_background(&host, to, &["--rate", "20M"])?;
+        let how = ["--method", method(round), "--rate", "20M"];
+        let client = vm.migrate_in_background(&host, to, &how)?;
         let instant = random_below(4000);
         thread::sleep(Duration::from_millis(instant));
         host.kill_daemon();
@@ -272,7 +286,8 @@ fn monitor_killed(name: &str) -> Outcome {
         let _stamps = Stamps::start(vm.guest(), "--rate 40 --checkpoint 1")?;
         let to = other_store(&host, &vm)?;
         let monitor = vm.pid(&host)?;
-        let client = vm.migrate_in_background(&host, to, &["--rate", "4M"])?;
+        let how = ["--method", method(round), "--rate", "4M"];
+        let client = vm.migrate_in_background(&host, to, &how)?;
         // Once in the middle for sure, and once at any instant.
         let instant = if round == 0 {
             wait_until("the copy is under way", Duration::from_secs(60), || {

@@ -44,9 +44,14 @@ fn under_load(name: &str) -> Outcome {
     )?;
     let connection = Connection::open(vm.guest())?;
     let stamps = Stamps::start(vm.guest(), "")?;
-    for to in ["b", "a", "b"] {
+    for (to, method) in [("b", "dirty"), ("a", "mirror"), ("b", "auto")] {
         let before = vm.image(&host)?;
-        let job = vm.migrate_away(&host, to)?;
+        let job = vm.migrate_away(&host, to, method)?;
+        let used = job.pointer("/status/method/method").and_then(Value::as_str);
+        check!(
+            used == Some(method) || method == "auto" && used.is_some(),
+            "asked for {method}, the job used {used:?}"
+        );
         let pause = job.pointer("/status/pause_ms").and_then(Value::as_f64);
         check!(pause.is_some(), "the job does not say its pause: {job}");
         let image = vm.image(&host)?;

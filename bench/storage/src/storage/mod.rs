@@ -124,6 +124,7 @@ impl Side {
             Self::Strake(Method::Auto) => "strake-auto",
             Self::Strake(Method::Dirty) => "strake-dirty",
             Self::Strake(Method::Mirror) => "strake-mirror",
+            Self::Strake(Method::Snapshot) => "strake-snapshot",
             Self::Peer(Mode::Background) => "peer-background",
             Self::Peer(Mode::WriteBlocking) => "peer-write-blocking",
         }

@@ -8,7 +8,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use strake_api::job::{JobId, MigrationStatus};
+use strake_api::job::{JobId, MigrationStatus, Stage};
 
 use crate::Event;
 
@@ -32,6 +32,8 @@ struct State {
     cancelled: bool,
     /// The daemon was asked; from now on only its answer counts.
     asked: bool,
+    /// What it was asked.
+    stage: Stage,
     decision: Option<bool>,
     gate: Gate,
     /// The guard is to look after the mirroring as well.
@@ -144,7 +146,7 @@ impl Control {
     }
 
     /// Asks for the right to ask the daemon.
-    pub(crate) fn ask(&self) -> Ask {
+    pub(crate) fn ask(&self, stage: Stage) -> Ask {
         let mut state = lock(&self.state);
         if state.cancelled {
             return Ask::Cancelled;
@@ -153,17 +155,20 @@ impl Control {
             return Ask::TooLate;
         }
         state.asked = true;
+        state.stage = stage;
         Ask::Asked
     }
 
-    pub(crate) fn awaits_decision(&self) -> bool {
+    /// What the daemon was asked and has not answered.
+    pub(crate) fn question(&self) -> Option<Stage> {
         let state = lock(&self.state);
-        state.asked && state.decision.is_none() && !state.ended
+        (state.asked && state.decision.is_none() && !state.ended).then_some(state.stage)
     }
 
-    pub(crate) fn decide(&self, committed: bool) {
+    /// An answer to another question than the one that is open is one that was given before.
+    pub(crate) fn decide(&self, stage: Stage, committed: bool) {
         let mut state = lock(&self.state);
-        if state.asked && state.decision.is_none() {
+        if state.asked && state.stage == stage && state.decision.is_none() {
             state.decision = Some(committed);
             self.changed.notify_all();
         }
@@ -178,6 +183,13 @@ impl Control {
             }
             state = self.wait(state);
         }
+    }
+
+    /// The answer was acted upon; the job goes on, may be cancelled, and asks something else later.
+    pub(crate) fn goes_on(&self) {
+        let mut state = lock(&self.state);
+        state.asked = false;
+        state.decision = None;
     }
 
     pub(crate) fn is_committed(&self) -> bool {
@@ -311,6 +323,7 @@ mod tests {
             pause_ms: None,
             elapsed_ms: 0,
             method: None,
+            overlay: None,
             failure: None,
         };
         Control::new(Arc::new(Event::new().unwrap()), status)
@@ -326,17 +339,17 @@ mod tests {
     #[test]
     fn between_question_and_answer_nobody_opens_the_gate() {
         let control = closed();
-        assert!(!control.awaits_decision());
-        control.decide(true);
-        assert_eq!(control.ask(), Ask::Asked);
-        assert!(control.awaits_decision());
+        assert!(control.question().is_none());
+        control.decide(Stage::Destination, true);
+        assert_eq!(control.ask(Stage::Destination), Ask::Asked);
+        assert!(control.question().is_some());
         assert!(!control.cancel());
         assert!(!control.begin_opening());
-        assert!(control.is_gate_closed() && control.awaits_decision());
-        control.decide(false);
-        assert!(!control.awaits_decision());
+        assert!(control.is_gate_closed() && control.question().is_some());
+        control.decide(Stage::Destination, false);
+        assert!(control.question().is_none());
         // The question may be put again, and answered again: the first answer counts.
-        control.decide(true);
+        control.decide(Stage::Destination, true);
         assert!(!control.decision() && !control.is_committed());
         assert!(control.begin_opening());
         control.gate_opened();
@@ -346,15 +359,37 @@ mod tests {
     #[test]
     fn the_question_is_not_put_once_the_gate_was_opened_or_the_job_cancelled() {
         let control = control();
-        assert_eq!(control.ask(), Ask::TooLate);
+        assert_eq!(control.ask(Stage::Destination), Ask::TooLate);
         let control = closed();
         assert!(control.begin_opening());
-        assert_eq!(control.ask(), Ask::TooLate);
+        assert_eq!(control.ask(Stage::Destination), Ask::TooLate);
         control.gate_opened();
-        assert_eq!(control.ask(), Ask::TooLate);
+        assert_eq!(control.ask(Stage::Destination), Ask::TooLate);
         let control = closed();
         assert!(control.cancel());
-        assert_eq!(control.ask(), Ask::Cancelled);
-        assert!(!control.awaits_decision());
+        assert_eq!(control.ask(Stage::Destination), Ask::Cancelled);
+        assert!(control.question().is_none());
+    }
+
+    #[test]
+    fn an_answer_counts_for_its_own_question_only() {
+        let control = closed();
+        assert_eq!(control.ask(Stage::Overlay), Ask::Asked);
+        assert_eq!(control.question(), Some(Stage::Overlay));
+        control.decide(Stage::Destination, true);
+        assert_eq!(control.question(), Some(Stage::Overlay));
+        control.decide(Stage::Overlay, true);
+        assert!(control.decision());
+        control.goes_on();
+        assert!(!control.is_committed() && control.begin_opening());
+        control.gate_opened();
+        let now = Instant::now();
+        control.gate_closed(now, now + Duration::from_secs(60));
+        assert_eq!(control.ask(Stage::Destination), Ask::Asked);
+        // The daemon repeats its first answer.
+        control.decide(Stage::Overlay, true);
+        assert_eq!(control.question(), Some(Stage::Destination));
+        control.decide(Stage::Destination, false);
+        assert!(!control.decision());
     }
 }

@@ -14,15 +14,16 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{JobId, MigrationLimits, Phase, Stage};
 use strake_observe::{Because, Observation, OsContext, Result, Task};
 
 use super::control::{Ask, Control};
 use super::pause::{Guard, Opener, Pause};
 use super::switch::LOOK_FOR_DAEMON;
-use super::{Migration, SwitchHooks};
+use super::{Migration, SwitchHooks, begun};
 use crate::{
-    Access, AlreadyMigrating, CommitRefused, CoverFailed, DestinationTooSmall, Event, Image, LiveDisk, PauseTooLong, ReadOnlyDisk,
+    Access, AlreadyMigrating, CommitRefused, CoverFailed, DestinationTooSmall, Event, Image,
+    LiveDisk, PauseTooLong, ReadOnlyDisk,
 };
 
 /// How often the switch is tried when the device turns out too slow for the allowed pause.
@@ -109,20 +110,7 @@ impl Migration {
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
     ) -> Result<Arc<Self>> {
-        let status = MigrationStatus {
-            job: job.clone(),
-            disk: disk.name().to_owned(),
-            phase: Phase::Preparing,
-            size_bytes: disk.size(),
-            passes: Vec::new(),
-            throughput: 0,
-            expected_pause_ms: None,
-            pause_ms: None,
-            elapsed_ms: 0,
-            method: None,
-            failure: None,
-        };
-        let control = Arc::new(Control::new(Arc::new(Event::new()?), status));
+        let control = Arc::new(Control::new(Arc::new(Event::new()?), begun(disk, job)));
         let opener = Opener::new(disk, &hooks, &control, limits.suspend);
         let cover = Cover {
             source: disk.image(),
@@ -245,7 +233,7 @@ impl Cover {
             pause.end();
             return Ok(false);
         }
-        match self.control.ask() {
+        match self.control.ask(Stage::Destination) {
             Ask::Asked => {}
             Ask::Cancelled => return Err(End::Cancelled),
             Ask::TooLate => {

@@ -28,7 +28,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strake_api::job::{Method, MethodReason, MigrationLimits, PassReport, Phase};
+use strake_api::job::{
+    Method, MethodReason, MigrationLimits, OverlayStep, PassReport, Phase, Stage,
+};
 use strake_observe::{Observation, Result, Task};
 
 use super::SwitchHooks;
@@ -36,20 +38,35 @@ use super::choice::Judge;
 use super::control::Control;
 use super::copier::{Copier, Progress, Room, Run, Stop, Tally};
 use super::journal::{Durable, Journal};
+use super::overlay::{Overlay, covered_bytes};
 use super::pace::{Meter, Pace, Usage, Watch};
 use super::passes::Passes;
 use super::pause::{Guard, Opener};
-use super::plan::{FirstPass, Fresh, Plan};
+use super::plan::{FirstPass, Fresh, Of, Plan, allocated_bytes};
+use super::snapshot::Cap;
 use crate::live::Mirror;
-use crate::{DestinationRemoved, DirtyBitmap, Image, LiveDisk, MigrationFailed};
+use crate::{
+    Delta, DestinationRemoved, DirtyBitmap, Image, LeftOnOverlay, LiveDisk, MigrationFailed,
+};
 
 /// How often the expected pause is told during a pass: it takes a look at the whole bitmap.
 const TELL_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often a consolidation looks whether it may begin. What it waits for are reads of the guest.
+const LOOK_FOR_READERS: Duration = Duration::from_millis(1);
 
 pub(crate) struct Job {
     pub(super) disk: Arc<LiveDisk>,
     pub(super) source: Arc<dyn Image>,
     pub(super) destination: Arc<dyn Image>,
+    /// What they were called at the beginning.
+    names: (String, String),
+    /// What goes into the image below it, if that is the destination.
+    pub(super) overlay: Option<Arc<dyn Overlay>>,
+    /// What the guest's writes may go to meanwhile.
+    pub(super) delta: Option<Arc<dyn Delta>>,
+    /// What the daemon is asked at the switch-over.
+    pub(super) stage: Stage,
     pub(super) journal: Journal,
     pub(super) limits: MigrationLimits,
     pub(super) hooks: Arc<dyn SwitchHooks>,
@@ -101,6 +118,8 @@ pub(super) struct How<'a> {
     pub(super) room: Room,
     pub(super) deadline: Option<Instant>,
     pub(super) mirror: Option<&'a Arc<Mirror>>,
+    /// Watches an overlay, and ends it if that gets too large.
+    pub(super) cap: Option<&'a mut Cap>,
     /// Says whether to go on with it, and where to leave why not.
     pub(super) judge: Option<(&'a Judge, &'a mut Option<MethodReason>)>,
 }
@@ -113,6 +132,7 @@ impl How<'_> {
             room,
             deadline: None,
             mirror: None,
+            cap: None,
             judge: None,
         }
     }
@@ -137,8 +157,12 @@ impl Job {
         let opener = Opener::new(&disk, &hooks, &control, limits.suspend);
         Ok(Self {
             disk,
+            names: (source.path().to_owned(), destination.path().to_owned()),
             source,
             destination,
+            overlay: None,
+            delta: None,
+            stage: Stage::Destination,
             journal,
             pace: Pace::new(limits.bytes_per_second),
             meter: Meter::new(Instant::now()),
@@ -164,17 +188,29 @@ impl Job {
         if end.is_err() {
             self.disk.unprepare();
         }
+        // An overlay that the disk is left on is to be known, however the job ended.
+        let left = self.control.status().overlay.map(|overlay| LeftOnOverlay {
+            disk: self.disk.name().to_owned(),
+            overlay: overlay.path.clone(),
+            below: match overlay.step {
+                OverlayStep::Consolidate => self.names.1.clone(),
+                OverlayStep::Copy | OverlayStep::TurnBack => self.names.0.clone(),
+            },
+        });
         let (phase, failure) = match end {
             Ok(()) => (Phase::Completed, None),
-            Err(End::Cancelled) => (Phase::Cancelled, None),
+            Err(End::Cancelled) => (Phase::Cancelled, left.map(Observation::from)),
             Err(End::Failed(cause)) => {
                 let mut task = Task::begin("migrate a disk");
                 task.saw(cause);
+                if let Some(left) = left {
+                    task.saw(left);
+                }
                 let failure = task.fail(MigrationFailed {
                     job: self.control.job.to_string(),
                     disk: self.disk.name().to_owned(),
-                    source: self.source.path().to_owned(),
-                    destination: self.destination.path().to_owned(),
+                    source: self.disk.image().path().to_owned(),
+                    destination: self.names.1.clone(),
                 });
                 (Phase::Failed, Some(failure))
             }
@@ -212,35 +248,63 @@ impl Job {
     fn migrate(&mut self) -> Result<(), End> {
         self.journal.begin()?;
         self.still_there()?;
-        // Only what reads as zeroes everywhere may keep holes where the source has them.
-        let fresh = match self.destination.allocated(0)? {
-            None => Fresh::Yes,
-            Some(_) => Fresh::No,
-        };
         self.journal.reach(Phase::Copying, Durable::Now)?;
         self.control.update(|status| status.phase = Phase::Copying);
-        let mut first = FirstPass::new(
-            Arc::clone(&self.source),
-            Arc::clone(&self.bitmap),
-            self.disk.size(),
-            fresh,
-        );
-        let why = if self.limits.method == Method::Mirror {
-            MethodReason::Asked
-        } else {
-            let passes = match self.limits.method {
-                Method::Dirty => MethodReason::Asked,
-                _ => MethodReason::PassesKeepUp,
-            };
-            self.uses(Method::Dirty, passes);
-            match self.first_pass(&mut first, fresh)? {
-                Some(why) => why,
-                None => match self.later_passes()? {
-                    Passes::Switched => return Ok(()),
-                    Passes::TooSlow(why) => why,
-                },
+        self.live()
+    }
+
+    /// Moves the disk, or what is to be moved of it, from the source to the destination.
+    pub(super) fn live(&mut self) -> Result<(), End> {
+        // Only what reads as zeroes everywhere may keep holes where the source has them.
+        let fresh = match &self.overlay {
+            None if self.destination.allocated(0)?.is_none() => Fresh::Yes,
+            _ => Fresh::No,
+        };
+        let of = match &self.overlay {
+            None => Of::Image(Arc::clone(&self.source), fresh),
+            Some(overlay) => {
+                let overlay = Arc::clone(overlay);
+                while !overlay.is_ready() {
+                    self.control.rest(LOOK_FOR_READERS);
+                    self.go_on()?;
+                }
+                Of::Layer(overlay)
             }
         };
+        let mut first = FirstPass::new(of, Arc::clone(&self.bitmap), self.disk.size());
+        let why = match self.limits.method {
+            Method::Mirror => MethodReason::Asked,
+            Method::Snapshot => return self.by_snapshot(&mut first, fresh, MethodReason::Asked),
+            Method::Dirty | Method::Auto => {
+                let passes = match self.limits.method {
+                    Method::Dirty => MethodReason::Asked,
+                    _ => MethodReason::PassesKeepUp,
+                };
+                self.uses(Method::Dirty, passes);
+                match self.first_pass(&mut first, fresh)? {
+                    Some(why) => why,
+                    None => match self.later_passes()? {
+                        Passes::Switched => return Ok(()),
+                        Passes::TooSlow(why) => why,
+                    },
+                }
+            }
+        };
+        if self.limits.method == Method::Auto {
+            let left = self
+                .planned()?
+                .saturating_sub(
+                    self.control
+                        .status()
+                        .passes
+                        .first()
+                        .map_or(0, |it| it.read_bytes),
+                )
+                .saturating_add(self.bitmap.marked_bytes());
+            if let Some(why) = self.overlay_fits(&why, left) {
+                return self.by_snapshot(&mut first, fresh, why);
+            }
+        }
         // What the first pass has not copied is marked, like all else that is to be copied.
         first.only_mark();
         if fresh == Fresh::No {
@@ -250,6 +314,16 @@ impl Job {
             debug_assert!(chunk.is_none(), "a chunk of a pass that only marks");
         }
         self.mirror(why)
+    }
+
+    /// What was there before is done: the next switch-over is about something else. What it
+    /// consolidates is an overlay, by passes or by mirroring, whichever does.
+    pub(super) fn begin_again(&mut self, stage: Stage) {
+        self.stage = stage;
+        self.ready = false;
+        self.delta = None;
+        self.limits.method = Method::Auto;
+        self.uncounted = self.passes();
     }
 
     /// Does what can be done for the switch-over before it, once.
@@ -269,6 +343,7 @@ impl Job {
             room,
             deadline,
             mirror,
+            mut cap,
             mut judge,
         } = how;
         let control = Arc::clone(&self.control);
@@ -289,6 +364,18 @@ impl Job {
             }
             if mirror.is_some_and(|mirror| !mirror.is_on()) {
                 return Some(Stop::Unmirrored);
+            }
+            if let Some(cap) = cap.as_mut()
+                && let Some((bytes, full)) = cap.look(control.status().throughput)
+            {
+                control.update(|status| {
+                    if let Some(overlay) = &mut status.overlay {
+                        overlay.bytes = bytes;
+                    }
+                });
+                if full {
+                    return Some(Stop::Enough);
+                }
             }
             let (judge, why) = judge.as_mut()?;
             **why = judge.look(Instant::now(), tally.read, bitmap.marked_bytes());
@@ -362,6 +449,15 @@ impl Job {
         self.copier.flush()?;
         self.flush = began.elapsed();
         Ok(())
+    }
+
+    /// How much the first pass has before it.
+    pub(super) fn planned(&self) -> Result<u64> {
+        let size = self.disk.size();
+        match &self.overlay {
+            None => allocated_bytes(self.source.as_ref(), size),
+            Some(overlay) => covered_bytes(overlay.as_ref(), size),
+        }
     }
 
     pub(super) fn go_on(&self) -> Result<(), End> {

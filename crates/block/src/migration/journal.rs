@@ -62,16 +62,17 @@ pub(crate) enum Durable {
 /// The writing side.
 #[derive(Debug)]
 pub(crate) struct Journal {
-    file: File,
+    /// None for a job that leaves nothing behind that would need an explanation.
+    file: Option<File>,
     record: Record,
     sequence: u64,
 }
 
 impl Journal {
     /// A journal for an empty file, which is not touched yet.
-    pub(crate) fn new(file: File, record: Record) -> Self {
+    pub(crate) fn new(file: impl Into<Option<File>>, record: Record) -> Self {
         Self {
-            file,
+            file: file.into(),
             record,
             sequence: 0,
         }
@@ -91,6 +92,9 @@ impl Journal {
     }
 
     fn write(&mut self, durable: Durable) -> Result<()> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
         self.sequence += 1;
         let because = |path: &str| JournalUnwritable {
             destination: path.to_owned(),
@@ -99,13 +103,11 @@ impl Journal {
             .ok_or_else(|| damaged("the names do not fit into a record"))
             .because_of(|| because(&self.record.destination))?;
         let at = (self.sequence % 2) * SLOT_BYTES as u64;
-        self.file
-            .write_all_at(&slot, at)
+        file.write_all_at(&slot, at)
             .os("pwrite", format!("the journal of {}", self.record.job))
             .because_of(|| because(&self.record.destination))?;
         if durable == Durable::Now {
-            self.file
-                .sync_data()
+            file.sync_data()
                 .os("fdatasync", format!("the journal of {}", self.record.job))
                 .because_of(|| because(&self.record.destination))?;
         }

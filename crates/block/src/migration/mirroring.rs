@@ -182,6 +182,10 @@ impl Job {
     /// Says which method is in use from now on.
     pub(super) fn uses(&self, method: Method, why: MethodReason) {
         self.control.update(|status| {
+            if status.overlay.is_some() {
+                // How the overlay is consolidated is a part of the method.
+                return;
+            }
             status.method = Some(Box::new(MethodUsed {
                 method,
                 why,

@@ -30,8 +30,8 @@
 //! a word under its lock and wake both.
 //!
 //! * `cover`: a snapshot, a switch-over without a copy.
-//! * `passes`, `mirroring`: the methods; `choice`: when the first gives way to the second; `switch`:
-//!   the switch-over of both.
+//! * `passes`, `mirroring`, `snapshot`: the methods; `choice`: when the first gives way to another;
+//!   `switch`: the switch-over; `overlay`: what `snapshot` and consolidations ask of an image's format.
 //! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
 //!   which the guest waits; `control`: what the threads share; `journal`: the file.
 
@@ -42,27 +42,30 @@ mod cover;
 mod job;
 pub mod journal;
 mod mirroring;
+mod overlay;
 mod pace;
 mod passes;
 mod pause;
 mod plan;
+mod snapshot;
 mod switch;
 
 use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{JobId, Method, MigrationLimits, MigrationStatus, Phase, Stage};
 use strake_api::spec::MAX_DISK;
-use strake_observe::{Because, OsContext, Result};
+use strake_observe::{Because, Observation, OsContext, Result};
 
 use self::control::Control;
 pub use self::cover::{Covered, MakeCover};
 use self::job::Job;
 use self::journal::{Journal, Record};
+pub use self::overlay::{Delta, Has, Overlay};
 use crate::{
     Access, AlreadyMigrating, CancelTooLate, DestinationTooSmall, DiskTooLarge, Event, Image,
-    LiveDisk, MigrationFailed, ReadOnlyDisk,
+    LiveDisk, MigrationFailed, NoOverlay, ReadOnlyDisk,
 };
 
 /// What a migration asks of the machine and of the daemon. Called in the migration's own threads,
@@ -88,8 +91,29 @@ pub trait SwitchHooks: Send + Sync {
     /// comes by [`Migration::decide`] (which may be called from in here).
     fn await_commit(&self, job: &JobId);
 
+    /// The same with what the record is to name then; the answer comes by
+    /// [`Migration::decide_stage`]. Whoever starts jobs with an overlay has this.
+    fn await_stage(&self, job: &JobId, stage: Stage) {
+        debug_assert_eq!(
+            stage,
+            Stage::Destination,
+            "a question that nobody understands"
+        );
+        self.await_commit(job);
+    }
+
     /// The job reached a final phase.
     fn ended(&self, status: &MigrationStatus);
+}
+
+/// What a job has to do with.
+struct To {
+    destination: Arc<dyn Image>,
+    /// Of a consolidation.
+    overlay: Option<Arc<dyn Overlay>>,
+    /// For method `snapshot`.
+    delta: Option<Arc<dyn Delta>>,
+    journal: Option<File>,
 }
 
 /// A migration.
@@ -114,13 +138,79 @@ impl Migration {
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
     ) -> Result<Arc<Self>> {
+        let to = To {
+            destination,
+            overlay: None,
+            delta: None,
+            journal: Some(journal),
+        };
+        Self::claim(&disk, to, job, limits, hooks)
+    }
+
+    /// As [`start`](Self::start), with an overlay at hand: method `snapshot` puts the disk on it, and
+    /// `auto` does if that is better than mirroring. See `snapshot.rs` for what the daemon is asked
+    /// then, and what it finds if the job ends in the middle.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_with_overlay(
+        disk: Arc<LiveDisk>,
+        (destination, delta): (Arc<dyn Image>, Arc<dyn Delta>),
+        journal: File,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
+        let to = To {
+            destination,
+            overlay: None,
+            delta: Some(delta),
+            journal: Some(journal),
+        };
+        Self::claim(&disk, to, job, limits, hooks)
+    }
+
+    /// Starts moving what `overlay`, the uppermost layer of the disk's image, has into `base`, the
+    /// image below that layer. It is a migration to `base`: with the same methods, limits, question
+    /// and cancellation, and the disk is on `base` afterwards. Before that everything that `disk` has
+    /// is in the layer and below it, as ever; so there is no journal, and whoever begins again
+    /// after a crash loses time only.
+    ///
+    /// `base` is in use whatever becomes of the job: nobody may remove it.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn consolidate(
+        disk: Arc<LiveDisk>,
+        base: Arc<dyn Image>,
+        overlay: Arc<dyn Overlay>,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
+        let to = To {
+            destination: base,
+            overlay: Some(overlay),
+            delta: None,
+            journal: None,
+        };
+        Self::claim(&disk, to, job, limits, hooks)
+    }
+
+    fn claim(
+        disk: &Arc<LiveDisk>,
+        to: To,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
         if !disk.claim() {
             return Err(AlreadyMigrating {
                 disk: disk.name().to_owned(),
             }
             .into());
         }
-        let started = Self::start_claimed(&disk, destination, journal, job, limits, hooks);
+        let started = Self::start_claimed(disk, to, job, limits, hooks);
         if started.is_err() {
             disk.release();
         }
@@ -129,13 +219,18 @@ impl Migration {
 
     fn start_claimed(
         disk: &Arc<LiveDisk>,
-        destination: Arc<dyn Image>,
-        journal: File,
+        to: To,
         job: JobId,
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
     ) -> Result<Arc<Self>> {
         let source = disk.image();
+        let To {
+            destination,
+            overlay,
+            delta,
+            journal,
+        } = to;
         let failed = || MigrationFailed {
             job: job.to_string(),
             disk: disk.name().to_owned(),
@@ -143,6 +238,12 @@ impl Migration {
             destination: destination.path().to_owned(),
         };
         fits(disk, destination.as_ref()).because_of(failed)?;
+        if limits.method == Method::Snapshot && delta.is_none() {
+            return Err(Observation::from(NoOverlay {
+                job: job.to_string(),
+            }))
+            .because_of(failed);
+        }
         let record = Record {
             job: job.clone(),
             disk: disk.name().to_owned(),
@@ -152,22 +253,10 @@ impl Migration {
             phase: Phase::Preparing,
         };
         let journal = Journal::new(journal, record);
-        let status = MigrationStatus {
-            job: job.clone(),
-            disk: disk.name().to_owned(),
-            phase: Phase::Preparing,
-            size_bytes: disk.size(),
-            passes: Vec::new(),
-            throughput: 0,
-            expected_pause_ms: None,
-            pause_ms: None,
-            elapsed_ms: 0,
-            method: None,
-            failure: None,
-        };
+        let status = begun(disk, &job);
         let event = Arc::new(Event::new().because_of(failed)?);
         let control = Arc::new(Control::new(event, status));
-        let thread = Job::new(
+        let mut thread = Job::new(
             Arc::clone(disk),
             Arc::clone(&source),
             Arc::clone(&destination),
@@ -177,6 +266,7 @@ impl Migration {
             Arc::clone(&control),
         )
         .because_of(failed)?;
+        (thread.overlay, thread.delta) = (overlay, delta);
         std::thread::Builder::new()
             .name(format!("migrate-{}", disk.name()))
             .spawn(move || thread.run())
@@ -222,13 +312,25 @@ impl Migration {
     /// this is true, so whoever finds it may repeat the question.
     #[must_use]
     pub fn awaits_decision(&self) -> bool {
-        self.control.awaits_decision()
+        self.question().is_some()
+    }
+
+    /// What the daemon was asked and has not answered, if anything.
+    #[must_use]
+    pub fn question(&self) -> Option<Stage> {
+        self.control.question()
     }
 
     /// The daemon's answer to [`SwitchHooks::await_commit`]: whether the inventory's binding names
     /// the destination now. Without effect before the question and after the first answer.
     pub fn decide(&self, committed: bool) {
-        self.control.decide(committed);
+        self.decide_stage(Stage::Destination, committed);
+    }
+
+    /// The daemon's answer to [`SwitchHooks::await_stage`]. Without effect unless just that was asked
+    /// and not answered.
+    pub fn decide_stage(&self, stage: Stage, committed: bool) {
+        self.control.decide(stage, committed);
     }
 
     /// Waits until the job has ended and its last hook has returned.
@@ -236,6 +338,24 @@ impl Migration {
     pub fn join(&self) -> MigrationStatus {
         self.control.ended();
         self.control.status()
+    }
+}
+
+/// How a job is at its begin.
+fn begun(disk: &LiveDisk, job: &JobId) -> MigrationStatus {
+    MigrationStatus {
+        job: job.clone(),
+        disk: disk.name().to_owned(),
+        phase: Phase::Preparing,
+        size_bytes: disk.size(),
+        passes: Vec::new(),
+        throughput: 0,
+        expected_pause_ms: None,
+        pause_ms: None,
+        elapsed_ms: 0,
+        method: None,
+        overlay: None,
+        failure: None,
     }
 }
 

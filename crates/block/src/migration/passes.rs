@@ -10,7 +10,7 @@ use super::choice::Judge;
 use super::copier::{Room, Stop};
 use super::job::{End, How, Job};
 use super::pace::rate;
-use super::plan::{DirtyPass, FirstPass, Fresh, allocated_bytes};
+use super::plan::{DirtyPass, FirstPass, Fresh};
 use super::switch::{Attempts, LOOK_FOR_DAEMON, Switch};
 use crate::{DirtyBitmap, NotConverging};
 
@@ -45,7 +45,7 @@ impl Job {
         plan: &mut FirstPass,
         fresh: Fresh,
     ) -> Result<Option<MethodReason>, End> {
-        let planned = allocated_bytes(self.source.as_ref(), self.disk.size())?;
+        let planned = self.planned()?;
         let judge = Judge::new(Instant::now(), planned);
         let mut why = None;
         let how = How {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use strake_observe::Result;
 
+use super::overlay::{Has, Overlay};
 use crate::{BLOCK_BYTES, DirtyBitmap, Image};
 
 /// The most that is copied at once. Large enough that devices reach their sequential speed, small
@@ -58,13 +59,21 @@ pub(crate) enum Fresh {
     No,
 }
 
+/// Of what a first pass is about.
+#[derive(Debug)]
+pub(crate) enum Of {
+    /// All of an image. What has nothing there is made zeroes, unless the destination is fresh.
+    Image(Arc<dyn Image>, Fresh),
+    /// What a layer has itself. All else is at the destination.
+    Layer(Arc<dyn Overlay>),
+}
+
 /// The first pass: what is allocated.
 #[derive(Debug)]
 pub(crate) struct FirstPass {
-    source: Arc<dyn Image>,
+    of: Of,
     bitmap: Arc<DirtyBitmap>,
     size: u64,
-    fresh: Fresh,
     data: Data,
     at: u64,
     ahead: VecDeque<Ahead>,
@@ -85,17 +94,11 @@ enum Ahead {
 }
 
 impl FirstPass {
-    pub(crate) fn new(
-        source: Arc<dyn Image>,
-        bitmap: Arc<DirtyBitmap>,
-        size: u64,
-        fresh: Fresh,
-    ) -> Self {
+    pub(crate) fn new(of: Of, bitmap: Arc<DirtyBitmap>, size: u64) -> Self {
         Self {
-            source,
+            of,
             bitmap,
             size,
-            fresh,
             data: Data::Copy,
             at: 0,
             ahead: VecDeque::new(),
@@ -107,13 +110,33 @@ impl FirstPass {
         self.data = Data::Mark;
     }
 
-    /// Looks for the next allocated range. Data is taken in whole blocks, so that a block is
-    /// either copied or a hole.
+    /// Looks for what comes next. Data is taken in whole blocks, so that a block is either copied or
+    /// a hole.
     fn look(&mut self) -> Result<()> {
         if self.at >= self.size {
             return Ok(());
         }
-        let found = self.source.allocated(self.at)?;
+        let (found, fresh) = match &self.of {
+            Of::Image(source, fresh) => (source.allocated(self.at)?, *fresh),
+            Of::Layer(layer) => match layer.has(self.at)? {
+                // Only whole blocks of zeroes: beside them may be what the layer does not have.
+                Some((range, Has::Zeroes)) => match self.whole(&range) {
+                    Some(zeroes) => {
+                        let first = range.start - range.start % BLOCK_BYTES;
+                        if first < zeroes.start {
+                            self.ahead
+                                .push_back(Ahead::Data(first.max(self.at)..zeroes.start));
+                        }
+                        self.at = zeroes.end;
+                        self.ahead.push_back(Ahead::Hole(zeroes));
+                        return Ok(());
+                    }
+                    None => (Some(range.start..(range.start + 1)), Fresh::Yes),
+                },
+                Some((range, Has::Data)) => (Some(range), Fresh::Yes),
+                None => (None, Fresh::Yes),
+            },
+        };
         let found = found.filter(|range| range.start < self.size && range.start < range.end);
         let (start, end) = match found {
             Some(range) => {
@@ -125,7 +148,7 @@ impl FirstPass {
             }
             None => (self.size, self.size),
         };
-        if self.at < start && self.fresh == Fresh::No {
+        if self.at < start && fresh == Fresh::No {
             self.ahead.push_back(Ahead::Hole(self.at..start));
         }
         if start < end {
@@ -133,6 +156,18 @@ impl FirstPass {
         }
         self.at = end;
         Ok(())
+    }
+
+    /// The whole blocks within a range, if there are any.
+    fn whole(&self, range: &Range<u64>) -> Option<Range<u64>> {
+        let end = range.end.min(self.size);
+        let start = range.start.next_multiple_of(BLOCK_BYTES);
+        let end = if end == self.size {
+            end
+        } else {
+            end - end % BLOCK_BYTES
+        };
+        (start < end).then_some(start..end)
     }
 }
 

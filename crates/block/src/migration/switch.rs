@@ -101,20 +101,23 @@ impl Job {
         // Before the question, after which nothing may fail. Need not be durable: the record
         // before it already says that the inventory knows.
         self.journal.reach(Phase::AwaitingCommit, Durable::Later)?;
-        match self.control.ask() {
+        match self.control.ask(self.stage) {
             Ask::Asked => {}
             Ask::Cancelled => return Err(End::Cancelled),
             Ask::TooLate => return Ok(self.too_late(&pause)),
         }
         self.control
             .update(|status| status.phase = Phase::AwaitingCommit);
-        self.hooks.await_commit(&self.control.job);
+        self.hooks.await_stage(&self.control.job, self.stage);
         let committed = self.control.decision();
         // Whichever it is, the disk is on one image from now on.
         self.disk.end_mirror();
         if committed {
             self.disk.replace(Arc::clone(&self.destination));
             self.disk.end_tracking();
+            if let Some(overlay) = &self.overlay {
+                overlay.merged();
+            }
             drop(pause);
             Ok(Switch::Done)
         } else {
@@ -126,7 +129,7 @@ impl Job {
         }
     }
 
-    fn too_late(&self, pause: &Pause) -> Switch {
+    pub(super) fn too_late(&self, pause: &Pause) -> Switch {
         pause.end();
         let took = self.control.status().pause_ms.unwrap_or(0.0) / 1000.0;
         Switch::TooLate(TooLate {

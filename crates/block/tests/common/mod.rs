@@ -11,6 +11,8 @@
 )]
 #![allow(clippy::cast_possible_truncation)]
 
+pub mod cache;
+
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -143,6 +145,8 @@ pub struct Habit {
     pub depth: usize,
     /// Only 4 KiB writes and some reads, or every size, discards, zeroes and flushes as well.
     pub mixed: bool,
+    /// Whether there are discards among them. Without: zeroes instead.
+    pub discards: bool,
     /// At most so many requests per second, if any.
     pub per_second: Option<u64>,
     /// Whether failed requests are to be expected; what they wrote is unknown then.
@@ -154,6 +158,7 @@ impl Habit {
     pub const SMALL: Self = Self {
         depth: 32,
         mixed: false,
+        discards: true,
         per_second: None,
         may_fail: false,
         seed: 1,
@@ -339,8 +344,8 @@ impl Runner {
             let op = match kind {
                 0..55 => Operation::Write,
                 55..80 => Operation::Read,
-                80..86 => Operation::Discard { len },
-                86..92 => Operation::WriteZeroes { len, unmap: false },
+                80..86 if self.habit.discards => Operation::Discard { len },
+                80..92 => Operation::WriteZeroes { len, unmap: false },
                 92..96 => Operation::WriteZeroes { len, unmap: true },
                 _ => Operation::Flush,
             };

@@ -14,6 +14,7 @@ mod ps;
 mod rm;
 mod run;
 mod show;
+mod snapshots;
 mod start;
 mod stop;
 

@@ -166,6 +166,8 @@ mod tests {
             destination: "/fast/root.raw".into(),
             format: strake_api::image::ImageFormat::Raw,
             source_format: strake_api::image::ImageFormat::Raw,
+            kind: strake_api::job::JobKind::Migrate,
+            snapshot: None,
             to: "fast".into(),
             status: MigrationStatus {
                 job: JobId("j1".into()),
@@ -178,6 +180,7 @@ mod tests {
                 pause_ms: None,
                 elapsed_ms: 1500,
                 method: None,
+                overlay: None,
                 failure: None,
             },
         }

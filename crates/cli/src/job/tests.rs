@@ -9,6 +9,8 @@ fn at(elapsed_ms: u64, read_bytes: u64) -> Job {
         destination: "/b".into(),
         format: strake_api::image::ImageFormat::Raw,
         source_format: strake_api::image::ImageFormat::Raw,
+        kind: strake_api::job::JobKind::Migrate,
+        snapshot: None,
         to: "b".into(),
         status: MigrationStatus {
             job: JobId("j1".into()),
@@ -24,6 +26,7 @@ fn at(elapsed_ms: u64, read_bytes: u64) -> Job {
             pause_ms: None,
             elapsed_ms,
             method: None,
+            overlay: None,
             failure: None,
         },
     }

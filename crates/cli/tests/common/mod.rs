@@ -414,6 +414,7 @@ pub(crate) fn vm(name: &str, state: VmState) -> Vm {
             name: "root".into(),
             image: "/slow/web1-root.raw".into(),
             format: strake_api::image::ImageFormat::Raw,
+            snapshots: Vec::new(),
             datastore: Some("slow".into()),
             size_bytes: 4 << 30,
             allocated_bytes: Some(1 << 30),
@@ -467,6 +468,8 @@ pub(crate) fn job(phase: Phase) -> Job {
         destination: "/fast/web1-root.raw".into(),
         format: strake_api::image::ImageFormat::Raw,
         source_format: strake_api::image::ImageFormat::Raw,
+        kind: strake_api::job::JobKind::Migrate,
+        snapshot: None,
         to: "fast".into(),
         status: MigrationStatus {
             job: JobId("j1".into()),
@@ -479,6 +482,7 @@ pub(crate) fn job(phase: Phase) -> Job {
             pause_ms: (phase == Phase::Completed).then_some(38.25),
             elapsed_ms: 1500,
             method: None,
+            overlay: None,
             failure: (phase == Phase::Failed).then(observation),
         },
     }

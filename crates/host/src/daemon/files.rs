@@ -149,6 +149,17 @@ impl Files {
                 },
                 limits,
             }),
+            (JobKind::Consolidate, _) => Ok(Request::ConsolidateDisk {
+                job: id,
+                disk,
+                below: LayerConfig {
+                    file: fds.add(destination)?,
+                    path: show(path),
+                    format: *format,
+                    access: LayerAccess::ReadWrite,
+                },
+                limits,
+            }),
             _ => Err(Internal {
                 what: format!("job {id} is none for a monitor"),
             }

@@ -251,6 +251,7 @@ impl Inventory {
                 pause_ms: None,
                 elapsed_ms: 0,
                 method: None,
+                overlay: None,
                 failure: None,
             };
             tx.execute(

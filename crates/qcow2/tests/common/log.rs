@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use strake_block::{Completion, Event, ImageQueue, Operation, Request};
@@ -25,10 +26,23 @@ pub enum Logged {
     Sync,
 }
 
+/// Ticks with every change of every log that has it: one order for all of them.
+#[derive(Debug, Clone, Default)]
+pub struct Clock(Arc<AtomicU64>);
+
+impl Clock {
+    pub fn tick(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::SeqCst)
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Log {
     pub now: Vec<u8>,
     pub ops: Vec<Logged>,
+    /// When each of them was, by a clock that several logs may share.
+    pub times: Vec<u64>,
+    pub clock: Clock,
     /// What the log began with.
     pub first: Vec<u8>,
     random: u64,
@@ -75,6 +89,12 @@ impl Log {
             Logged::Sync => {}
         }
         self.ops.push(op);
+        self.times.push(self.clock.tick());
+    }
+
+    /// How many operations there had been at that time.
+    pub fn position_at(&self, time: u64) -> usize {
+        self.times.partition_point(|it| *it <= time)
     }
 
     /// What is there after a crash at that place of the log: everything up to the last sync, and
@@ -125,11 +145,16 @@ impl LogStore {
     pub fn holding(bytes: Vec<u8>, random: u64) -> Self {
         Self(Arc::new(Mutex::new(Log {
             now: bytes.clone(),
-            ops: Vec::new(),
             first: bytes,
             random,
-            failing: 0,
+            ..Log::default()
         })))
+    }
+
+    /// The same, by a clock of others.
+    pub fn by(self, clock: &Clock) -> Self {
+        self.0.lock().unwrap().clock = clock.clone();
+        self
     }
 
     pub fn position(&self) -> usize {

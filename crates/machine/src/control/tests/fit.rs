@@ -74,6 +74,7 @@ fn job(passes: usize, failure: Option<Observation>) -> MigrationStatus {
         pause_ms: None,
         elapsed_ms: 0,
         method: None,
+        overlay: None,
         failure,
     }
 }
