@@ -150,6 +150,7 @@ impl Host {
                 read_only: disk.read_only,
                 created: looks.is_none(),
                 file: None,
+                below: files.get(1..).unwrap_or_default().to_vec(),
                 parent: None,
                 layers: Vec::new(),
             },

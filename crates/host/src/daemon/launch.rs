@@ -119,7 +119,7 @@ impl Host {
         let spec = vm.spec.disks.iter().find(|spec| spec.name == disk.name);
         let mode = Mode::of(disk.read_only);
         let user = |path: &Path| self.who_uses(&vm.name, path);
-        let image = chain::open(&disk.image, mode, &self.allowed_below()?, &user)?;
+        let image = chain::open(&disk.image, mode, &disk.below, &user)?;
         let file = image.identity.clone();
         let config = DiskConfig {
             name: disk.name.clone(),

@@ -290,7 +290,9 @@ impl Host {
     fn do_here(&self, cell: &Cell, new: &NewJob, below: Option<&Binding>) -> Result<JobId> {
         let _jobs = guard(&cell.jobs);
         let user = |path: &Path| self.who_uses(&new.vm, path);
-        let held = chain::open(&new.source, Mode::Write, &self.allowed_below()?, &user)?;
+        let record = self.inventory.vm(&new.vm)?;
+        let recorded = &disk_of(&record, &new.disk)?.below;
+        let held = chain::open(&new.source, Mode::Write, recorded, &user)?;
         let (job, files) = self.prepare_job(new, below)?;
         let done = self.do_held(&held, new, &files.destination).and_then(|()| {
             crash::point("before-commit");

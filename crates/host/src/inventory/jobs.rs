@@ -11,11 +11,13 @@
 //! binding names the destination; the source and the journal may still have to be removed.
 //! `aborted`: it was decided that the binding stays; the destination must be removed.
 
+use std::path::PathBuf;
+
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_api::job::{JobId, JobKind, MigrationLimits, MigrationStatus, PassReport, Phase};
 use strake_observe::{Observation, Result};
 
-use super::layers::{self, LayerId};
+use super::layers::{self, LayerId, LayerRecord};
 use super::vms::{binding, users_of_image};
 use super::{Attempt, Inventory, from_json, to_json, to_sql};
 use crate::observations::{CommitFailed, DestinationExists, DiskBusy, InventoryCorrupt, NoSuchJob};
@@ -392,60 +394,100 @@ impl Inventory {
     }
 }
 
+/// What becomes of a disk's record, beside the binding.
+struct Next {
+    datastore: Option<String>,
+    /// Whether Strake made the image.
+    created: bool,
+    parent: Option<LayerId>,
+    below: Vec<PathBuf>,
+}
+
+impl Next {
+    /// With an image that was made for the job.
+    fn made(datastore: Option<String>, parent: Option<LayerId>, below: Vec<PathBuf>) -> Self {
+        Self {
+            datastore,
+            created: true,
+            parent,
+            below,
+        }
+    }
+}
+
 /// Binds the job's disk to its destination; gives the number of disks that were on its source.
 fn rebind(tx: &Connection, job: &JobRecord) -> Attempt<usize> {
     let source = job.source.location.text()?;
-    let bound: Option<Option<i64>> = tx
+    let bound: Option<(Option<i64>, String)> = tx
         .query_row(
-            "SELECT parent FROM disks WHERE vm = ?1 AND name = ?2 AND image = ?3",
+            "SELECT parent, below FROM disks WHERE vm = ?1 AND name = ?2 AND image = ?3",
             params![job.vm, job.disk, source],
-            |row| row.get(0),
+            |row| Ok((row.get(0)?, row.get(1)?)),
         )
         .optional()?;
-    let Some(parent) = bound else {
+    let Some((parent, below)) = bound else {
         return Ok(0);
     };
     let keep = |name: &str| layers::keep_image(tx, &job.vm, &job.disk, name, to_sql(now_ms()));
-    // Where the destination is, whether Strake made it, and what it is based on.
-    let to = Some(job.to.as_str()).filter(|to| !to.is_empty());
-    let (to, created, based_on) = match (job.kind, job.layer) {
-        // What stays of a chain stays in the tree of the disk.
-        (JobKind::Migrate, _) if parent.is_some() && !job.remove_source => {
-            keep(&format!("before-{}", job.id))?;
-            (to.map(str::to_owned), true, None)
+    let layer_of = |id: LayerId| -> Attempt<LayerRecord> {
+        let layers = layers::of_disk(tx, &job.vm, &job.disk)?;
+        let layer = layers.into_iter().find(|layer| layer.id == id);
+        Ok(layer.ok_or_else(|| corrupt(&job.id, "its layer is not the disk's"))?)
+    };
+    // What an image over another one has below it.
+    let over = |image: &Binding, below: Vec<PathBuf>| -> Result<Vec<PathBuf>> {
+        Ok([vec![image.file()?.to_owned()], below].concat())
+    };
+    let to = Some(job.to.clone()).filter(|to| !to.is_empty());
+    let next = match (job.kind, job.layer) {
+        (JobKind::Migrate, _) => {
+            if parent.is_some() && !job.remove_source {
+                // What stays of a chain stays in the tree of the disk.
+                keep(&format!("before-{}", job.id))?;
+            }
+            Next::made(to, None, Vec::new())
         }
-        (JobKind::Migrate, _) => (to.map(str::to_owned), true, None),
         (JobKind::Snapshot, _) => {
             let name = job.snapshot.as_deref().unwrap_or("snapshot");
-            (to.map(str::to_owned), true, Some(keep(name)?.0))
+            let below = over(&job.source, from_json("a disk", &below)?)?;
+            Next::made(to, Some(keep(name)?), below)
         }
-        (JobKind::Revert, layer) => (to.map(str::to_owned), true, layer.map(|layer| layer.0)),
-        (JobKind::Consolidate, Some(layer)) => {
-            layers::only_below(tx, &job.vm, &job.disk, layer)?;
-            tx.query_row(
-                "DELETE FROM layers WHERE id = ?1 RETURNING datastore, created, parent",
-                [layer.0],
-                |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
-            )?
+        (JobKind::Revert, Some(id)) => {
+            let layer = layer_of(id)?;
+            Next::made(to, Some(id), over(&layer.image, layer.below)?)
         }
-        (JobKind::Consolidate, None) => return Err(corrupt(&job.id, "it names no layer").into()),
+        (JobKind::Consolidate, Some(id)) => {
+            layers::only_below(tx, &job.vm, &job.disk, id)?;
+            let layer = layer_of(id)?;
+            tx.execute("DELETE FROM layers WHERE id = ?1", [id.0])?;
+            Next {
+                datastore: layer.datastore,
+                created: layer.created,
+                parent: layer.parent,
+                below: layer.below,
+            }
+        }
+        (JobKind::Revert | JobKind::Consolidate, None) => {
+            return Err(corrupt(&job.id, "it names no layer").into());
+        }
     };
     Ok(tx.execute(
         "UPDATE disks SET image = ?4, format = ?5, datastore = ?6, created = ?7, file = ?8,
-             parent = ?9 WHERE vm = ?1 AND name = ?2 AND image = ?3",
+             parent = ?9, below = ?10 WHERE vm = ?1 AND name = ?2 AND image = ?3",
         params![
             job.vm,
             job.disk,
             source,
             job.destination.location.text()?,
             job.destination.format.name(),
-            to,
-            created,
+            next.datastore,
+            next.created,
             job.files
                 .as_ref()
                 .map(|files| to_json("a job's destination", &files.destination))
                 .transpose()?,
-            based_on,
+            next.parent.map(|layer| layer.0),
+            to_json("a disk", &next.below)?,
         ],
     )?)
 }

@@ -5,6 +5,8 @@
 //! only still needed, by the images whose `parent` it is. The chain on the disk is in the images'
 //! headers; what is here says which of the files are the disk's own, and what they are to people.
 
+use std::path::PathBuf;
+
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_observe::{Observation, Result};
 
@@ -26,6 +28,8 @@ pub struct LayerRecord {
     pub image: Binding,
     /// Which file it was when it was the disk's own image.
     pub file: Option<FileIdentity>,
+    /// The files below it, from the upper ones down.
+    pub below: Vec<PathBuf>,
     /// Its datastore.
     pub datastore: Option<String>,
     /// Whether Strake created it.
@@ -129,7 +133,7 @@ fn corrupt(layer: LayerId, reason: &str) -> Observation {
 /// The layers of a disk, the oldest first.
 pub(super) fn of_disk(db: &Connection, vm: &str, disk: &str) -> Attempt<Vec<LayerRecord>> {
     let mut statement = db.prepare(
-        "SELECT id, image, format, file, datastore, created, parent, name, taken_ms
+        "SELECT id, image, format, file, datastore, created, parent, name, taken_ms, below
              FROM layers WHERE vm = ?1 AND disk = ?2 ORDER BY id",
     )?;
     let rows = statement
@@ -147,9 +151,9 @@ pub(super) fn keep_image(
     now_ms: i64,
 ) -> Attempt<LayerId> {
     tx.execute(
-        "INSERT INTO layers (vm, disk, image, format, file, datastore, created, parent, name,
-             taken_ms)
-             SELECT vm, name, image, format, file, datastore, created, parent, ?3, ?4
+        "INSERT INTO layers (vm, disk, image, format, file, datastore, created, parent, below,
+             name, taken_ms)
+             SELECT vm, name, image, format, file, datastore, created, parent, below, ?3, ?4
              FROM disks WHERE vm = ?1 AND name = ?2",
         params![vm, disk, name, now_ms],
     )?;
@@ -183,6 +187,7 @@ struct Raw {
     parent: Option<i64>,
     name: Option<String>,
     taken_ms: i64,
+    below: String,
 }
 
 fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
@@ -196,6 +201,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
         parent: row.get(6)?,
         name: row.get(7)?,
         taken_ms: row.get(8)?,
+        below: row.get(9)?,
     })
 }
 
@@ -209,6 +215,7 @@ impl Raw {
                 .file
                 .map(|file| from_json(&record, &file))
                 .transpose()?,
+            below: from_json(&record, &self.below)?,
             datastore: self.datastore,
             created: self.created,
             parent: self.parent.map(LayerId),

@@ -85,6 +85,8 @@ pub(super) const STEPS: &[&str] = &[
     ALTER TABLE jobs ADD COLUMN destination_format TEXT NOT NULL DEFAULT 'raw';
 ",
     // Images of a disk that others of its images need below them. One with a name is a snapshot.
+    // What is below an image is recorded when the operator or this daemon says so; its header, which
+    // its VM's monitor may write, must say the same.
     "
     CREATE TABLE layers (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -98,11 +100,13 @@ pub(super) const STEPS: &[&str] = &[
         parent INTEGER,
         name TEXT,
         taken_ms INTEGER NOT NULL,
+        below TEXT NOT NULL,
         FOREIGN KEY (vm, disk) REFERENCES disks(vm, name) ON DELETE CASCADE
     ) STRICT;
     CREATE UNIQUE INDEX layers_by_name ON layers(vm, disk, name) WHERE name IS NOT NULL;
     CREATE INDEX layers_by_image ON layers(image);
     ALTER TABLE disks ADD COLUMN parent INTEGER;
+    ALTER TABLE disks ADD COLUMN below TEXT NOT NULL DEFAULT '[]';
     ALTER TABLE jobs ADD COLUMN kind TEXT NOT NULL DEFAULT 'migrate';
     ALTER TABLE jobs ADD COLUMN snapshot TEXT;
     ALTER TABLE jobs ADD COLUMN layer INTEGER;

@@ -31,6 +31,7 @@ fn disk(image: &str, datastore: Option<&str>) -> DiskRecord {
         read_only: false,
         created: true,
         file: None,
+        below: Vec::new(),
         parent: None,
         layers: Vec::new(),
     }
@@ -292,6 +293,7 @@ fn snapshots_make_a_tree_and_a_consolidation_takes_a_layer_away() {
         (Some("one"), &base)
     );
     assert_eq!(one.parent, Some(one.layers[0].id));
+    assert_eq!(one.below, [Path::new("/slow/root.raw")]);
     // The same name twice is refused, and then nothing has changed.
     let again = inventory
         .reserve_job(&snapshot("one", &one.image, "/slow/root.2.qcow2"))
@@ -304,6 +306,8 @@ fn snapshots_make_a_tree_and_a_consolidation_takes_a_layer_away() {
         &snapshot("two", &one.image, "/slow/root.2.qcow2"),
     );
     assert_eq!(two.layers[1].parent, Some(two.layers[0].id));
+    let below = [Path::new("/slow/root.1.qcow2"), Path::new("/slow/root.raw")];
+    assert_eq!(two.below, below);
     // Back to the first: a branch.
     let back = NewJob {
         kind: JobKind::Revert,
@@ -336,7 +340,8 @@ fn snapshots_make_a_tree_and_a_consolidation_takes_a_layer_away() {
     inventory.forget_layer(back.layers[1].id).unwrap();
     let merged = run(&inventory, &merge);
     assert_eq!((&merged.image, merged.parent), (&base, None));
-    assert!(merged.layers.is_empty() && merged.created);
+    assert!(merged.layers.is_empty() && merged.created && merged.below.is_empty());
+    assert_eq!(back.below, [Path::new("/slow/root.raw")]);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! VMs, their disks with the binding, and their interfaces in the inventory.
 
+use std::path::PathBuf;
+
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_api::control::ExitReason;
 use strake_api::spec::VmSpec;
@@ -92,6 +94,8 @@ pub struct DiskRecord {
     pub created: bool,
     /// Which file the image was when it was created or, later, when a monitor last got it.
     pub file: Option<FileIdentity>,
+    /// The files below the image, from the upper ones down: its header must name the same.
+    pub below: Vec<PathBuf>,
     /// The layer that the image is based on, if that is one of the disk's own.
     pub parent: Option<LayerId>,
     /// The layers of the disk, the oldest first: its snapshots, and what is below other images.
@@ -162,8 +166,8 @@ impl Inventory {
             for (position, disk) in disks.iter().enumerate() {
                 tx.execute(
                     "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
-                         read_only, created, file, format)
-                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+                         read_only, created, file, format, below)
+                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
                     params![
                         name,
                         disk.name,
@@ -179,6 +183,7 @@ impl Inventory {
                             .map(|file| to_json(&disk.name, file))
                             .transpose()?,
                         disk.image.format.name(),
+                        to_json(&disk.name, &disk.below)?,
                     ],
                 )?;
             }
@@ -330,7 +335,7 @@ pub(super) fn users_of_image(
 ) -> Attempt<Vec<(String, DiskRecord)>> {
     let mut statement = db.prepare(&format!("{DISK}, vm FROM disks WHERE image = ?1"))?;
     let rows = statement.query_map([image.text()?], |row| {
-        Ok((row.get::<_, String>(10)?, disk(row)?))
+        Ok((row.get::<_, String>(11)?, disk(row)?))
     })?;
     let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
     rows.into_iter()
@@ -367,7 +372,7 @@ fn exists(db: &Connection, name: &str) -> Attempt<bool> {
 }
 
 const DISK: &str =
-    "SELECT name, slot, image, datastore, size, read_only, created, file, format, parent";
+    "SELECT name, slot, image, datastore, size, read_only, created, file, format, parent, below";
 
 /// The columns of a disk as SQLite has them.
 struct RawDisk {
@@ -381,6 +386,7 @@ struct RawDisk {
     file: Option<String>,
     format: String,
     parent: Option<i64>,
+    below: String,
 }
 
 impl RawDisk {
@@ -397,6 +403,7 @@ impl RawDisk {
                 .file
                 .map(|file| from_json(&record, &file))
                 .transpose()?,
+            below: from_json(&record, &self.below)?,
             parent: self.parent.map(LayerId),
             layers,
             name: self.name,
@@ -416,6 +423,7 @@ fn disk(row: &Row<'_>) -> rusqlite::Result<RawDisk> {
         file: row.get(7)?,
         format: row.get(8)?,
         parent: row.get(9)?,
+        below: row.get(10)?,
     })
 }
 
