@@ -47,10 +47,22 @@ pub fn demo(method: &str) -> Result<()> {
 /// If the build or the bench fails.
 pub fn bench(arguments: &[String]) -> Result<()> {
     setup::all()?;
+    // The restart is measured with real monitors, in a program of its own.
+    let (packages, program, arguments) = match arguments.split_first() {
+        Some((first, rest)) if first == "restart" => (
+            &["strake-bench-restart", "strake-vmm"][..],
+            "strake-bench-restart",
+            rest,
+        ),
+        _ => (&["strake-bench"][..], "strake-bench", arguments),
+    };
     let mut cargo = build::cargo();
-    cargo.args(["build", "--quiet", "--release", "--package", "strake-bench"]);
+    cargo.args(["build", "--quiet", "--release"]);
+    for package in packages {
+        cargo.args(["--package", package]);
+    }
     tool::run_visibly(&mut cargo)?;
-    let program = workspace::target_dir().join("release/strake-bench");
+    let program = workspace::target_dir().join("release").join(program);
     let mut bench = std::process::Command::new(program);
     tool::run_visibly(bench.args(arguments))
 }

@@ -9,6 +9,25 @@
 //! after another, the newest replacing the one before. So the daemon may die and come back: it
 //! connects again and asks for [`Request::Status`]. A lost connection changes nothing in the VM.
 //!
+//! **Handover.** A guest moves into another monitor in this order, each step asked for by the daemon,
+//! which alone decides:
+//!
+//! ```text
+//!   daemon                  predecessor                     successor
+//!   Lend ──────────────────▶ gives its descriptors
+//!   Configure (Predecessor) ───────────────────────────────▶ builds everything
+//!   Receive ───────────────────────────────────────────────▶ waits for the records
+//!   HandOver ──────────────▶ pauses, drains, saves ─records─▶ restores
+//!                            Done                            Done: it could run
+//!   the inventory's transaction
+//!   TakeOver ──────────────────────────────────────────────▶ runs
+//!   Retire ────────────────▶ ends
+//! ```
+//!
+//! Until the transaction, `CallOff` makes the predecessor go on as if nothing had happened. Neither
+//! of the two ever runs the guest again on its own: whose daemon goes away in between waits for the
+//! next one.
+//!
 //! Requests carry an identifier that their reply repeats. Events come unasked and carry 0.
 
 use serde::{Deserialize, Serialize};
@@ -17,7 +36,7 @@ use strake_observe::Observation;
 pub use crate::image::{ImageConfig, ImageFormat, LayerAccess, LayerConfig};
 pub use crate::spec::ConsoleKind;
 
-use crate::job::{JobId, MigrationLimits, MigrationStatus};
+use crate::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus};
 
 /// The version of this protocol. A monitor refuses another one by name.
 pub const PROTOCOL_VERSION: u32 = 1;
@@ -70,6 +89,9 @@ pub enum Request {
     },
     /// Builds the machine; the guest does not run yet. Once per process.
     Configure(Box<MachineConfig>),
+    /// Builds an export instead of a machine: a disk that other programs use. Everything else is as
+    /// with a machine: it is started, its disk is migrated, it is stopped. Once per process.
+    ConfigureExport(Box<ExportConfig>),
     /// Runs the guest from its start.
     Start,
     /// Pauses the vCPUs.
@@ -93,6 +115,29 @@ pub enum Request {
         /// The monitor's end.
         stream: FdIndex,
     },
+    /// Answered by [`Reply::Lent`], with descriptors of its own for another monitor of the same VM.
+    /// Changes nothing.
+    Lend,
+    /// Pauses the guest, finishes what is in flight, and sends everything that the guest would miss.
+    /// Once it is [`Reply::Done`], the guest stands still until [`Request::CallOff`] or
+    /// [`Request::Retire`]; if it fails, the guest runs as before.
+    HandOver {
+        /// A stream socket to the monitor that receives.
+        records: FdIndex,
+    },
+    /// After [`Request::HandOver`]: the guest goes on here. Does nothing if it does already.
+    CallOff,
+    /// After [`Request::HandOver`]: the guest runs elsewhere; the process ends.
+    Retire,
+    /// To a monitor that was configured with [`BootConfig::Predecessor`]: takes everything over from
+    /// the stream. Done once the guest could run.
+    Receive {
+        /// A stream socket to the monitor that hands over.
+        records: FdIndex,
+    },
+    /// After [`Request::Receive`]: the guest runs here from now on. Answered by
+    /// [`Reply::TookOver`], also if it does already.
+    TakeOver,
     /// Starts a migration. Answered by [`Reply::Done`] once it is accepted.
     MigrateDisk {
         /// Names it from now on.
@@ -141,6 +186,24 @@ pub enum Request {
         /// Which.
         job: JobId,
     },
+    /// Lets a job rest: it copies nothing and does not switch over until [`Request::ResumeJob`], and
+    /// what the guest writes meanwhile is only marked. Refused once the daemon was asked to commit.
+    PauseJob {
+        /// Which.
+        job: JobId,
+    },
+    /// Lets a paused job go on.
+    ResumeJob {
+        /// Which.
+        job: JobId,
+    },
+    /// Changes a job's limits while it runs.
+    SetJob {
+        /// Which.
+        job: JobId,
+        /// What changes.
+        change: LimitsChange,
+    },
     /// The answer to [`Event::JobAwaitsCommit`]: what the inventory's transaction decided.
     JobDecision {
         /// Which.
@@ -171,6 +234,35 @@ pub enum Reply {
     Status(VmStatus),
     /// How a job is.
     Job(MigrationStatus),
+    /// What another monitor of the VM needs.
+    Lent(Lent),
+    /// The guest runs here now.
+    TookOver {
+        /// How long it stood still, in microseconds: from the order to pause its vCPUs in the other
+        /// monitor to the order to run them in this one.
+        pause_us: u64,
+    },
+}
+
+/// Descriptors that a monitor shares with its successor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lent {
+    /// The guest's RAM.
+    pub memory: FdIndex,
+    /// The files of all images, with the locks on them, in no order: which is which, the receiver
+    /// sees.
+    pub images: Vec<FdIndex>,
+    /// The tap of each interface, by its name in the spec.
+    pub taps: Vec<LentTap>,
+}
+
+/// An interface's tap.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LentTap {
+    /// The interface.
+    pub nic: String,
+    /// The tap.
+    pub tap: FdIndex,
 }
 
 /// What a monitor says unasked.
@@ -290,6 +382,71 @@ pub struct MachineConfig {
     pub console: ConsoleKind,
     /// The file that the output of both consoles is appended to.
     pub console_log: FdIndex,
+    /// An empty file that outlives the monitor, for its last observations.
+    #[serde(default)]
+    pub observations: Option<FdIndex>,
+}
+
+/// Everything a monitor needs to build an export: a disk with front-ends instead of a guest. As in
+/// [`MachineConfig`] the monitor opens nothing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ExportConfig {
+    /// The export's name.
+    pub export: String,
+    /// Its disk. The slot means nothing here.
+    pub disk: DiskConfig,
+    /// By what other programs use it; at least one.
+    pub front_ends: Vec<FrontEndConfig>,
+    /// An empty file that outlives the monitor, for its last observations.
+    #[serde(default)]
+    pub observations: Option<FdIndex>,
+}
+
+/// A way by which other programs use a disk.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum FrontEndConfig {
+    /// vhost-user-blk.
+    VhostUser {
+        /// A listening unix stream socket.
+        listener: FdIndex,
+    },
+    /// NBD.
+    Nbd(NbdConfig),
+}
+
+/// NBD.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NbdConfig {
+    /// A listening stream socket.
+    pub listener: FdIndex,
+    /// Of which kind the socket is.
+    pub transport: Transport,
+    /// The name by which clients ask for the disk.
+    pub name: String,
+    /// The files for TLS, if only clients with certificates may connect.
+    pub tls: Option<TlsFiles>,
+}
+
+/// Of which kind a stream socket is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// A unix socket.
+    Unix,
+    /// TCP.
+    Tcp,
+}
+
+/// Files for TLS, in PEM, open for reading.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TlsFiles {
+    /// The authority whose certificates the other side must have.
+    pub authority: FdIndex,
+    /// This side's certificate.
+    pub certificate: FdIndex,
+    /// Its private key.
+    pub key: FdIndex,
 }
 
 /// The guest's RAM: one memfd, mapped below and above the hole under 4 GiB.
@@ -323,6 +480,9 @@ pub enum BootConfig {
         /// Appended to the image's own command line.
         cmdline_append: String,
     },
+    /// Nothing: the guest has booted already and comes from another monitor
+    /// ([`Request::Receive`]).
+    Predecessor,
 }
 
 /// One disk.

@@ -214,10 +214,106 @@ pub struct MigrationLimits {
     // Not written if it is the usual one, which monitors from before there were others do not know.
     #[serde(skip_serializing_if = "Method::is_default")]
     pub method: Method,
+    /// Requests per second that the copy makes at most, reads and writes together; none means no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// How long the guest's own requests may take before the copy gives way.
+    #[serde(skip_serializing_if = "Latency::is_default")]
+    pub latency: Latency,
     /// The most that the overlay of method `snapshot` may get, in bytes, before the job turns back;
     /// none means the size of the disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delta_bytes: Option<u64>,
+}
+
+/// How long the reads and writes of a guest may take, in the mean, before a copy beside it gives way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Latency {
+    /// Twice as long as before the copy began, and 2 ms at least. The copy has at least a chunk of
+    /// 1 MiB on its way, so it goes on whatever the guest does.
+    #[default]
+    Auto,
+    /// As long as it takes: the copy never gives way.
+    Any,
+    /// So many microseconds. The copy gets as slow as that needs, but a quarter of its time it
+    /// always copies.
+    Us(u64),
+}
+
+impl Latency {
+    /// Whether it is the usual one.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl std::fmt::Display for Latency {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Any => f.write_str("any"),
+            Self::Us(us) => write!(f, "{}.{:03} ms", us / 1000, us % 1000),
+        }
+    }
+}
+
+/// A limit as it is changed: none, or so many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ceiling {
+    /// There is none.
+    Unlimited,
+    /// So many at most.
+    At(u64),
+}
+
+impl Ceiling {
+    /// The number, if there is one.
+    #[must_use]
+    pub fn limit(self) -> Option<u64> {
+        match self {
+            Self::Unlimited => None,
+            Self::At(most) => Some(most),
+        }
+    }
+}
+
+/// What changes of a job's limits while it runs. What is absent stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitsChange {
+    /// The longest pause at the switch-over, in milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pause_ms: Option<u64>,
+    /// Bytes per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<Ceiling>,
+    /// Requests per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iops: Option<Ceiling>,
+    /// How long the guest's own requests may take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub latency: Option<Latency>,
+}
+
+impl LimitsChange {
+    /// Changes `limits`.
+    pub fn apply(&self, limits: &mut MigrationLimits) {
+        if let Some(pause_ms) = self.pause_ms {
+            limits.pause_ms = pause_ms;
+        }
+        if let Some(rate) = self.bytes_per_second {
+            limits.bytes_per_second = rate.limit();
+        }
+        if let Some(iops) = self.iops {
+            limits.iops = iops.limit();
+        }
+        if let Some(latency) = self.latency {
+            limits.latency = latency;
+        }
+    }
 }
 
 impl Default for MigrationLimits {
@@ -230,9 +326,41 @@ impl Default for MigrationLimits {
             max_passes: 64,
             suspend: Suspend::Disk,
             method: Method::default(),
+            iops: None,
+            latency: Latency::default(),
             delta_bytes: None,
         }
     }
+}
+
+/// Whether a job goes on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Progress {
+    /// It does.
+    #[default]
+    On,
+    /// It was paused.
+    Paused,
+}
+
+impl Progress {
+    /// Whether it does.
+    #[must_use]
+    pub fn is_on(&self) -> bool {
+        *self == Self::On
+    }
+}
+
+/// What a copy costs the guest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LatencySeen {
+    /// The mean of the guest's reads and writes of the last moments, in microseconds.
+    pub now_us: u64,
+    /// What it was before the copy began.
+    pub before_us: u64,
+    /// What makes the copy give way; none if nothing does.
+    pub target_us: Option<u64>,
 }
 
 /// Where a migration is.
@@ -253,13 +381,18 @@ pub enum Phase {
     Failed,
     /// The disk runs on the source, as asked.
     Cancelled,
+    /// The VM ended before the job. The disk is on its source; the VM's next run takes the job up again.
+    Interrupted,
 }
 
 impl Phase {
-    /// Whether nothing more will happen.
+    /// Whether nothing more will happen in this run of the VM.
     #[must_use]
     pub fn is_final(self) -> bool {
-        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+        matches!(
+            self,
+            Self::Completed | Self::Failed | Self::Cancelled | Self::Interrupted
+        )
     }
 }
 
@@ -329,10 +462,44 @@ pub struct MigrationStatus {
     /// The method in use, once one is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub method: Option<Box<MethodUsed>>,
+    /// Whether it was asked to pause: it copies nothing and does not switch over until it is resumed.
+    #[serde(default, skip_serializing_if = "Progress::is_on")]
+    pub progress: Progress,
+    /// How long the guest's own reads and writes take at the moment, and how long they may, in
+    /// microseconds, while the guest makes any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency: Option<Box<LatencySeen>>,
+    /// Bytes that need not be copied again if the VM or its host died now, for a job that keeps that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_bytes: Option<u64>,
     /// The overlay that the disk is on. In a job that has ended: that it was left on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Box<OverlayStatus>>,
     /// Why it failed, or what it left to be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Observation>,
+}
+
+impl MigrationStatus {
+    /// A job that was accepted.
+    #[must_use]
+    pub fn new(job: JobId, disk: String, size_bytes: u64) -> Self {
+        Self {
+            job,
+            disk,
+            phase: Phase::Preparing,
+            size_bytes,
+            passes: Vec::new(),
+            throughput: 0,
+            expected_pause_ms: None,
+            pause_ms: None,
+            elapsed_ms: 0,
+            method: None,
+            progress: Progress::On,
+            latency: None,
+            kept_bytes: None,
+            overlay: None,
+            failure: None,
+        }
+    }
 }

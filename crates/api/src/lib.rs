@@ -4,10 +4,12 @@
 //! * [`spec`]: what an operator writes about a VM, in TOML, and its validation.
 //! * [`rest`]: the daemon's API over HTTP, as JSON.
 //! * [`control`]: the daemon's protocol with a monitor, as packets with descriptors.
+//! * [`export`]: disks that other programs use.
 //! * [`image`]: formats of images, and how a monitor is given one.
 //! * [`job`]: progress of long work, the same in both protocols.
 
 pub mod control;
+pub mod export;
 pub mod image;
 pub mod job;
 mod observations;

@@ -9,6 +9,7 @@
 //! | `DELETE /v1/vms/{name}?disks=keep\|delete` | – |
 //! | `POST /v1/vms/{name}/start` | [`Vm`] |
 //! | `POST /v1/vms/{name}/stop` with [`StopVm`] | [`Vm`] |
+//! | `POST /v1/vms/{name}/restart` with [`RestartVm`] | [`Restarted`] |
 //! | `GET /v1/vms/{name}/log?tail=BYTES` | the serial console's output so far, as bytes |
 //! | `POST /v1/vms/{name}/console` with `Upgrade: strake-console` | 101, then the console both ways |
 //! | `POST /v1/vms/{name}/disks/{disk}/migrate` with [`MigrateDisk`] | [`Job`] |
@@ -20,6 +21,14 @@
 //! | `GET /v1/jobs` | list of [`Job`] |
 //! | `GET /v1/jobs/{id}` | [`Job`] |
 //! | `POST /v1/jobs/{id}/cancel` | [`Job`] |
+//! | `GET /v1/exports` | list of [`Export`] |
+//! | `POST /v1/exports` with [`CreateExport`] | [`Export`] |
+//! | `GET /v1/exports/{name}` | [`Export`] |
+//! | `POST /v1/exports/{name}/start` | [`Export`] |
+//! | `DELETE /v1/exports/{name}` | – |
+//! | `POST /v1/jobs/{id}/pause` | [`Job`] |
+//! | `POST /v1/jobs/{id}/resume` | [`Job`] |
+//! | `POST /v1/jobs/{id}/set` with [`LimitsChange`](crate::job::LimitsChange) | [`Job`] |
 //! | `GET /v1/datastores` | list of [`Datastore`] |
 //! | `POST /v1/datastores` with [`AddDatastore`] | [`Datastore`] |
 //! | `DELETE /v1/datastores/{name}` | – |
@@ -31,6 +40,7 @@ use serde::{Deserialize, Serialize};
 use strake_observe::Observation;
 
 use crate::control::{DiskCounters, ExitReason};
+use crate::export::{ExportSpec, NbdListen};
 use crate::image::ImageFormat;
 use crate::job::{JobKind, MigrationLimits, MigrationStatus};
 use crate::spec::VmSpec;
@@ -86,6 +96,35 @@ pub struct StopVm {
     pub force: bool,
     /// Seconds to wait for the guest; then the stop fails and the VM keeps running.
     pub timeout_s: Option<u64>,
+}
+
+/// How to restart a VM.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RestartVm {
+    /// Only the monitor is replaced, by one of the installed version, under the running guest, which
+    /// does not notice. Otherwise the guest is shut down and started again.
+    pub fast: bool,
+    /// Without `fast`: do not ask the guest.
+    pub force: bool,
+    /// Without `fast`: seconds to wait for the guest; then the restart fails and the VM keeps
+    /// running.
+    pub timeout_s: Option<u64>,
+}
+
+/// A VM that was restarted.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Restarted {
+    /// The VM now.
+    pub vm: Vm,
+    /// How long a guest that does not notice stood still, in microseconds.
+    pub pause_us: Option<u64>,
+    /// The process of the monitor before.
+    pub old_pid: Option<u32>,
+    /// Its version, if it is known.
+    pub old_version: Option<String>,
+    /// The version of the monitor now.
+    pub new_version: Option<String>,
 }
 
 /// A VM as the inventory knows it, with its monitor's view where one runs.
@@ -276,8 +315,57 @@ pub struct Job {
     pub format: ImageFormat,
     /// The destination's datastore; empty if it is in none.
     pub to: String,
+    /// Its limits as they are now.
+    #[serde(default)]
+    pub limits: MigrationLimits,
     /// Progress.
     pub status: MigrationStatus,
+}
+
+/// Asks for a new export. Its disk is `POST /v1/vms/{name}/disks/{disk}/migrate`d as a VM's is.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateExport {
+    /// Its name, by the same rule as for VMs and different from all of theirs.
+    pub name: String,
+    /// `VM/DISK` of a stopped VM, `DATASTORE:FILE`, or an absolute path.
+    pub source: String,
+    /// The format of an image; the end of its name tells if it is absent.
+    #[serde(default)]
+    pub format: Option<ImageFormat>,
+    /// Whether clients may not write.
+    #[serde(default)]
+    pub read_only: bool,
+    /// See [`ExportSpec::vhost_user`].
+    #[serde(default)]
+    pub vhost_user: Option<String>,
+    /// See [`ExportSpec::nbd`].
+    #[serde(default)]
+    pub nbd: Option<NbdListen>,
+    /// See [`ExportSpec::tls_dir`].
+    #[serde(default)]
+    pub tls_dir: Option<String>,
+}
+
+/// An export as the inventory knows it, with its monitor's view where one runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Export {
+    /// Its name.
+    pub name: String,
+    /// What it does: `running` is being served.
+    pub state: VmState,
+    /// What it is.
+    pub spec: ExportSpec,
+    /// The NBD URI of a client on this host.
+    pub nbd_uri: Option<String>,
+    /// The monitor's process, while one runs.
+    pub pid: Option<u32>,
+    /// Milliseconds since it started.
+    pub uptime_ms: Option<u64>,
+    /// Why it last ended.
+    pub last_exit: Option<ExitReason>,
+    /// Its disk and where it is.
+    pub disk: Disk,
 }
 
 /// Asks for a new datastore.

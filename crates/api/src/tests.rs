@@ -5,7 +5,10 @@ use crate::control::{
     ImageFormat, LayerAccess, LayerConfig, MAX_FDS, MAX_PACKET, MachineConfig, MemoryConfig,
     NicConfig, Packet, Reply, Request, RunState, VmStatus,
 };
-use crate::job::{JobId, MigrationLimits, MigrationStatus, PassReport, Phase};
+use crate::job::{
+    Ceiling, JobId, Latency, LatencySeen, LimitsChange, MigrationLimits, MigrationStatus,
+    PassReport, Phase, Progress,
+};
 use crate::spec::{MAX_CMDLINE, MAX_DEVICE_NAME, MAX_DEVICES, MAX_NAME, MAX_PATH};
 
 fn status(passes: u32) -> MigrationStatus {
@@ -29,6 +32,13 @@ fn status(passes: u32) -> MigrationStatus {
         pause_ms: None,
         elapsed_ms: 1,
         method: None,
+        progress: Progress::Paused,
+        latency: Some(Box::new(LatencySeen {
+            now_us: u64::MAX,
+            before_us: u64::MAX,
+            target_us: Some(u64::MAX),
+        })),
+        kept_bytes: Some(u64::MAX),
         overlay: None,
         failure: None,
     }
@@ -77,6 +87,7 @@ fn largest_machine() -> MachineConfig {
         ],
         console: ConsoleKind::Virtio,
         console_log: FdIndex(6),
+        observations: Some(FdIndex(7)),
     }
 }
 
@@ -155,4 +166,33 @@ fn absent_limits_are_the_defaults_and_unknown_ones_are_refused() {
     assert_eq!(request.limits.pause_ms, 5);
     assert!(read("{\"to\": \"fast\", \"limits\": {\"pause\": 5}}").is_err());
     assert!(read("{\"to\": \"fast\", \"force\": true}").is_err());
+}
+
+#[test]
+fn a_change_of_limits_changes_what_it_names() {
+    let mut limits = MigrationLimits {
+        bytes_per_second: Some(1 << 20),
+        iops: Some(100),
+        ..MigrationLimits::default()
+    };
+    let change: LimitsChange = serde_json::from_str(
+        r#"{"bytes_per_second": "unlimited", "iops": {"at": 7}, "latency": {"us": 1500}}"#,
+    )
+    .unwrap();
+    assert_eq!(change.iops, Some(Ceiling::At(7)));
+    change.apply(&mut limits);
+    let expected = MigrationLimits {
+        iops: Some(7),
+        latency: Latency::Us(1500),
+        ..MigrationLimits::default()
+    };
+    assert_eq!(limits, expected);
+    LimitsChange::default().apply(&mut limits);
+    assert_eq!(limits, expected);
+    // A monitor from before there were these limits still takes the usual ones.
+    let usual = serde_json::to_value(MigrationLimits::default()).unwrap();
+    assert!(
+        usual.get("iops").is_none() && usual.get("latency").is_none(),
+        "{usual}"
+    );
 }

@@ -3,10 +3,12 @@
 use std::any::Any;
 use std::fmt::Debug;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use strake_observe::Result;
 
+use crate::observations::ImageStays;
 use crate::{Event, Request};
 
 /// The unit of a guest's requests.
@@ -68,6 +70,20 @@ pub trait Image: Send + Sync + Debug {
     /// # Errors
     /// When the file system fails.
     fn is_removed(&self) -> Result<bool>;
+
+    /// The open files that it consists of, for another process that opens the same image before this
+    /// one closes it. They share locks with this one's. Only one of the two processes works with the
+    /// image at a time, and what this one knows of it must be in the files whenever nothing is in
+    /// flight.
+    ///
+    /// # Errors
+    /// [`ImageStays`]: this kind of image cannot be given away so.
+    fn files(&self) -> Result<Vec<OwnedFd>> {
+        Err(ImageStays {
+            path: self.path().to_owned(),
+        }
+        .into())
+    }
 
     /// Itself, for those who know more of its kind than this trait does: who changes the layers of
     /// a disk in use finds them by it. None if there is no more to know.

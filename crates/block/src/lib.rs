@@ -37,7 +37,9 @@ pub use event::Event;
 pub use fault::{Fault, FaultImage, FaultOn};
 pub use image::{Access, Completion, Image, ImageQueue, SECTOR_BYTES};
 pub use live::{DiskQueue, LiveDisk, Observer};
-pub use migration::{Covered, Delta, Has, MakeCover, Migration, Overlay, SwitchHooks, journal};
+pub use migration::{
+    Covered, Delta, Has, Keep, MakeCover, Migration, Overlay, SwitchHooks, journal,
+};
 pub use observations::*;
 pub use raw::RawImage;
 pub use request::{Buffer, Operation, Request};

@@ -248,6 +248,30 @@ strake_observe::catalog! {
     text "job {job} can no longer be cancelled: its commit is being decided";
     remedy "wait for the job to end, then migrate the disk back if it must be";
 
+    /// The file of a job's claims cannot be written.
+    KeptUnwritable("block.kept-unwritable") {
+        /// The path of the source.
+        source: String,
+    }
+    text "the progress of the migration of {source} cannot be kept beside it";
+    remedy "free space on the source's datastore and check that it is writable";
+
+    /// The file of a job's claims cannot be used.
+    KeptDamaged("block.kept-damaged") {
+        /// What is wrong.
+        why: String,
+    }
+    text "the kept progress of the migration cannot be used: {why}";
+    remedy "the disk is on its source; cancel the job and start the migration again";
+
+    /// A job was to be paused when its outcome was no longer the monitor's to decide.
+    PauseTooLate("block.pause-too-late") {
+        /// The job.
+        job: String,
+    }
+    text "job {job} can no longer be paused: its commit is being decided";
+    remedy "wait for the job to end: that is a matter of moments";
+
     /// The journal beside the destination cannot be written.
     JournalUnwritable("block.journal-unwritable") {
         /// The path of the destination.
@@ -273,6 +297,14 @@ strake_observe::catalog! {
     }
     text "the migration's journal has version {version}, only {known} is known here";
     remedy "use the version of strake that wrote it";
+
+    /// An image cannot be opened in another process before this one has closed it.
+    ImageStays("block.image-stays") {
+        /// Its path.
+        path: String,
+    }
+    text "image {path} is of a kind that cannot be handed to another monitor while it is in use";
+    remedy "restart the VM without --fast";
 
     /// A job with method `snapshot` was given no overlay.
     NoOverlay("block.no-overlay") {

@@ -118,6 +118,18 @@ strake_observe::catalog! {
     text "the console of {vm} was lost and could not be attached again within {seconds} s";
     remedy "see what the VM does with `strake show {vm}`, then `strake console {vm}`";
 
+    /// An upgrade met a VM that could not be restarted.
+    UpgradeStopped("cli.upgrade-stopped") {
+        /// The VM.
+        vm: String,
+        /// How many were restarted before.
+        done: usize,
+        /// How many were not begun.
+        left: usize,
+    }
+    text "the upgrade stopped at {vm}: {done} VMs run in monitors of the installed version, {left} were not begun";
+    remedy "mend the cause, then run `strake upgrade` again: VMs that were restarted are restarted once more, which harms nothing";
+
     /// Ctrl-C.
     Interrupted("cli.interrupted") {
         /// What goes on in spite of it.
@@ -132,6 +144,14 @@ strake_observe::catalog! {
     OutputClosed("cli.output-closed") {}
     text "whoever read the output closed it";
     remedy "none is needed";
+
+    /// An address for NBD clients makes no sense.
+    AddressUnusable("cli.address-unusable") {
+        /// Why not.
+        reason: String,
+    }
+    text "nobody can be served there: {reason}";
+    remedy "give the path of a socket, or a host's name and a port as HOST:PORT";
 
     /// There is no such command to show the manual of.
     NoSuchCommand("cli.no-such-command") {

@@ -21,6 +21,13 @@ fn granting() -> FakeDaemon {
         "GET /v1/vms/web1" => ok(vm("web1", VmState::Running)),
         "POST /v1/vms/web1/start" => ok(vm("web1", VmState::Running)),
         "POST /v1/vms/web1/stop" => ok(vm("web1", VmState::Stopped)),
+        "POST /v1/vms/web1/restart" => ok(json!({
+            "vm": vm("web1", VmState::Running),
+            "pause_us": asked.body["fast"].as_bool().unwrap().then_some(1234),
+            "old_pid": 4242,
+            "old_version": "0.1.0",
+            "new_version": "0.2.0",
+        })),
         "DELETE /v1/vms/web1?disks=keep" | "DELETE /v1/vms/web1?disks=delete" => {
             Answer::Json(204, json!(null))
         }
@@ -39,7 +46,16 @@ fn granting() -> FakeDaemon {
         "DELETE /v1/datastores/fast" => Answer::Json(204, json!(null)),
         "GET /v1/jobs" => ok([job(Phase::Copying), job(Phase::Failed)]),
         "GET /v1/jobs/j1" => ok(job(Phase::Failed)),
-        "POST /v1/jobs/j1/cancel" => ok(job(Phase::Copying)),
+        "POST /v1/jobs/j1/cancel" | "POST /v1/jobs/j1/pause" | "POST /v1/jobs/j1/resume" => {
+            ok(job(Phase::Copying))
+        }
+        "POST /v1/jobs/j1/set" => {
+            let change: strake_api::job::LimitsChange =
+                serde_json::from_value(asked.body.clone()).unwrap();
+            let mut job = job(Phase::Copying);
+            change.apply(&mut job.limits);
+            ok(job)
+        }
         "GET /v1/observations?since=7" => ok([
             Recorded {
                 seq: 8,
@@ -157,6 +173,47 @@ fn start_stop_and_rm() {
 }
 
 #[test]
+fn restart_and_upgrade() {
+    let daemon = granting();
+    let moved = "web1 runs in a new monitor (pid 4242 -> 4711, 0.1.0 -> 0.2.0); its guest stood \
+                 still for 1.23 ms\n";
+    assert_eq!(daemon.run(&["restart", "web1", "--fast"]).ok().out, moved);
+    let rebooted = daemon.run(&["restart", "web1", "--timeout", "9"]).ok();
+    assert_eq!(rebooted.out, "web1 runs (pid 4711)\n");
+    let wrong = daemon.run(&["restart", "web1", "--fast", "--force"]);
+    assert_eq!(wrong.code, Some(2));
+    let asked = daemon.asked();
+    let body = |fast, timeout| json!({ "fast": fast, "force": false, "timeout_s": timeout });
+    assert_eq!(asked[0].body, body(true, json!(null)));
+    assert_eq!(asked[1].body, body(false, json!(9)));
+    let planned = daemon.run(&["upgrade", "--dry-run"]).ok();
+    assert_eq!(planned.out, "web1 would be restarted fast\n");
+    let done = daemon.run(&["upgrade", "--parallel", "3"]).ok();
+    assert_eq!(done.out, "1 VMs run in monitors of the installed version\n");
+    let json = daemon.run(&["upgrade", "--json"]).ok().json();
+    assert_eq!(json[0]["pause_us"], 1234);
+}
+
+#[test]
+fn an_upgrade_stops_at_the_first_failure() {
+    let daemon = FakeDaemon::new(|asked| match asked.line().as_str() {
+        "GET /v1/vms" => ok(["a", "b", "c"].map(|name| vm(name, VmState::Running))),
+        "POST /v1/vms/a/restart" => ok(json!({
+            "vm": vm("a", VmState::Running), "pause_us": 1, "old_pid": 1,
+            "old_version": null, "new_version": "1",
+        })),
+        _ => not_found(),
+    });
+    let failed = daemon.run(&["upgrade"]);
+    assert_eq!(failed.code, Some(1));
+    assert!(failed.err.contains("stopped at b"), "{}", failed.err);
+    assert!(failed.err.contains("1 VMs run"), "{}", failed.err);
+    assert!(failed.err.contains("1 were not begun"), "{}", failed.err);
+    let asked: Vec<String> = daemon.asked().iter().map(|asked| asked.line()).collect();
+    assert!(!asked.contains(&"POST /v1/vms/c/restart".to_owned()));
+}
+
+#[test]
 fn datastores() {
     let daemon = granting();
     let done = daemon.run(&["datastore", "ls"]).ok();
@@ -201,6 +258,28 @@ fn jobs() {
         "{}",
         done.out
     );
+    let done = daemon.run(&["jobs", "pause", "j1"]).ok();
+    assert_eq!(done.out, "job j1 rests\n");
+    let done = daemon.run(&["jobs", "resume", "j1"]).ok();
+    assert_eq!(done.out, "job j1 goes on\n");
+    let set = [
+        "jobs",
+        "set",
+        "j1",
+        "--rate",
+        "50M",
+        "--latency-ms",
+        "2.5",
+        "--pause-ms",
+        "9",
+    ];
+    let done = daemon.run(&set).ok();
+    assert_eq!(
+        done.out,
+        "job j1: pause 9 ms, 50.0 MiB/s, guest latency 2.500 ms\n"
+    );
+    let done = daemon.run(&["jobs", "set", "j1"]);
+    assert_eq!(done.code, Some(2), "{}", done.err);
     let done = daemon.run(&["jobs", "show", "no/such"]);
     assert_eq!(done.code, Some(1));
     assert_eq!(daemon.lines().last().unwrap(), "GET /v1/jobs/no%2Fsuch");

@@ -70,6 +70,16 @@ strake_observe::catalog! {
     text "the guest's driver of '{device}' broke queue {queue}: {reason}; the device waits for its reset";
     remedy "reboot the guest; if it is a stock kernel, report it";
 
+    /// A vhost-user front-end broke the protocol.
+    FrontEndBroke("devices.front-end-broke") {
+        /// The device.
+        device: String,
+        /// What it did.
+        reason: String,
+    }
+    text "the vhost-user front-end of '{device}' was disconnected: {reason}";
+    remedy "check the front-end's options (its memory must be shared: memory-backend-memfd,share=on); if it is a stock VMM, report it";
+
     /// A worker thread ended by a panic.
     WorkerDied("devices.worker-died") {
         /// The device.

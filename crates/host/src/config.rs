@@ -46,10 +46,24 @@ impl HostConfig {
         self.vm_run(vm).join("monitor.log")
     }
 
+    /// What the monitor saw last, for when it cannot tell any more.
+    #[must_use]
+    pub fn monitor_observations(&self, vm: &str) -> PathBuf {
+        self.vm_run(vm).join("observations")
+    }
+
     /// The monitor's control socket.
     #[must_use]
     pub fn control_socket(&self, vm: &str) -> PathBuf {
         self.vm_run(vm).join("control.sock")
+    }
+}
+
+impl HostConfig {
+    /// The control socket of a monitor that is to take a VM over, until it has.
+    #[must_use]
+    pub fn next_socket(&self, vm: &str) -> PathBuf {
+        self.vm_run(vm).join("control-next.sock")
     }
 }
 

@@ -21,6 +21,7 @@ mod config;
 mod crash;
 mod daemon;
 pub mod inventory;
+mod listen;
 mod lock;
 mod monitor;
 mod net;

@@ -108,6 +108,60 @@ strake_observe::catalog! {
     text "there is already a VM '{vm}'";
     remedy "choose another name, or remove it first with `strake rm {vm}`";
 
+    /// A name belongs to an export where a VM's is wanted.
+    NotAVm("host.not-a-vm") {
+        /// The name.
+        name: String,
+    }
+    text "'{name}' is an export, not a VM";
+    remedy "`strake export ls` shows the exports; `strake disk migrate` and `strake jobs` work on both";
+
+    /// A name belongs to a VM where an export's is wanted, or to nobody.
+    NoSuchExport("host.no-such-export") {
+        /// The name.
+        export: String,
+    }
+    text "there is no export '{export}'";
+    remedy "`strake export ls` lists the exports";
+
+    /// A disk is exported.
+    DiskExported("host.disk-exported") {
+        /// The VM.
+        vm: String,
+        /// The disk.
+        disk: String,
+        /// The export.
+        export: String,
+    }
+    text "disk '{disk}' of VM '{vm}' is exported as '{export}'";
+    remedy "end the export first with `strake export rm {export}`";
+
+    /// An export could not be made.
+    ExportFailed("host.export-failed") {
+        /// Its name.
+        export: String,
+    }
+    text "export '{export}' was not made";
+    remedy "see the cause below";
+
+    /// An export could not be ended.
+    ExportNotRemoved("host.export-not-removed") {
+        /// Its name.
+        export: String,
+    }
+    text "export '{export}' was not removed";
+    remedy "see the cause below, then try again";
+
+    /// A socket for clients cannot be had.
+    ListenRefused("host.listen-refused") {
+        /// The address.
+        address: String,
+        /// Why not.
+        reason: String,
+    }
+    text "clients cannot be served at {address}: {reason}";
+    remedy "choose another address, or free this one";
+
     /// No such disk.
     NoSuchDisk("host.no-such-disk") {
         /// The VM.
@@ -377,6 +431,44 @@ strake_observe::catalog! {
     }
     text "VM '{vm}' is {state}, not {needed}";
     remedy "{advice}";
+
+    /// A guest stays in its monitor.
+    HandoverFailed("host.handover-failed") {
+        /// The VM.
+        vm: String,
+    }
+    text "VM '{vm}' could not be restarted fast; its guest goes on as before";
+    remedy "mend the cause and try again, or restart the VM without --fast, which reboots its guest";
+
+    /// A fast restart while a job works on the VM.
+    HandoverMeetsJobs("host.handover-meets-jobs") {
+        /// The VM.
+        vm: String,
+        /// The jobs.
+        jobs: Vec<String>,
+    }
+    text "VM '{vm}' cannot be restarted fast while jobs work on its disks: {jobs:?}";
+    remedy "wait for them (`strake jobs`) or cancel them, then try again";
+
+    /// A monitor did not lend what its successor needs.
+    NotLent("host.not-lent") {
+        /// The VM.
+        vm: String,
+        /// What is missing.
+        what: String,
+    }
+    text "the monitor of VM '{vm}' did not give {what}";
+    remedy "restart the VM without --fast";
+
+    /// Nobody knows in which of its two monitors a guest is.
+    TakeOverUnclear("host.take-over-unclear") {
+        /// The VM.
+        vm: String,
+        /// The new monitor.
+        pid: u32,
+    }
+    text "the new monitor of VM '{vm}' (pid {pid}) has its guest and does not say whether it runs";
+    remedy "look at the monitor's log; `strake show` tells once it answers";
 
     /// The guest did not react to the power button.
     StopTimedOut("host.stop-timed-out") {

@@ -6,9 +6,10 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use strake_api::control::{BootConfig, ConsoleKind, MachineConfig};
+use strake_api::control::{BootConfig, ConsoleKind, DiskConfig, MachineConfig};
 use strake_arch::acpi::{self, AcpiConfig};
 use strake_arch::boot::{self, Entry};
 use strake_arch::{cpuid, layout, msr};
@@ -23,12 +24,13 @@ use strake_devices::virtio::rng::VirtioRng;
 use strake_devices::virtio::{VirtioDevice, VirtioPci};
 use strake_kvm::{Kvm, Vcpu, Vm};
 use strake_memory::{GuestRam, Ram};
-use strake_observe::{Because, Observation, Result};
+use strake_observe::{Because, Observation, OsContext, Result};
 
 use crate::adapters::KvmPlatform;
 use crate::boot_disk;
 use crate::images;
 use crate::jobs::Jobs;
+use crate::machine::{Guest, Place, Run};
 use crate::observations::{BadConfig, BuildFailed, NoSuchDisk};
 use crate::platform::Platform;
 use crate::vcpus::{Crew, Vcpus};
@@ -56,6 +58,12 @@ impl Machine {
             vm: config.vm.clone(),
             step: step.to_owned(),
         };
+        // First, so that what goes wrong below is in it.
+        if let Some(file) = config.observations {
+            let file = fds.take(file, "the file for observations");
+            let file = file.because_of(|| failed("keeping observations"))?;
+            strake_observe::recorder().outlive(strake_observe::Ring::new(File::from(file)));
+        }
 
         let kvm = fds.take(config.kvm, "/dev/kvm").and_then(Kvm::from_fd);
         let kvm = kvm.because_of(|| failed("opening KVM"))?;
@@ -80,15 +88,25 @@ impl Machine {
         };
         let disks = add_disks(&mut slots, &config, fds, mailbox)
             .because_of(|| failed("adding the disks"))?;
-        add_nics(&mut slots, &config, fds)
+        let taps = add_nics(&mut slots, &config, fds)
             .because_of(|| failed("adding the network interfaces"))?;
         add_own(&mut slots, &config).because_of(|| failed("adding the machine's own devices"))?;
 
         let entry = load(&config, fds, &disks, &ram)
             .because_of(|| failed(&format!("loading {}", kernel_of(&config.boot))))?;
         if let Some(first) = vcpus.first() {
-            set_entry(first, &entry).because_of(|| failed("setting the entry point"))?;
+            if let Some(entry) = &entry {
+                set_entry(first, entry).because_of(|| failed("setting the entry point"))?;
+            }
+            first.prepare_save();
         }
+        let run = Run {
+            place: match entry {
+                Some(_) => Place::Here,
+                None => Place::Awaited,
+            },
+            ..Run::default()
+        };
         let Platform {
             buses,
             console,
@@ -100,15 +118,19 @@ impl Machine {
             .because_of(|| failed("starting the vCPUs' threads"))?;
         Ok(Arc::new(Self {
             name: config.vm,
-            run: std::sync::Mutex::default(),
+            run: std::sync::Mutex::new(run),
             vcpus,
             components,
             disks,
-            console,
-            power,
             jobs: Jobs::default(),
             mailbox: Arc::clone(mailbox),
-            _vm: vm,
+            guest: Some(Guest {
+                console,
+                power,
+                taps,
+                ram,
+                vm,
+            }),
         }))
     }
 }
@@ -165,21 +187,32 @@ fn check(config: &MachineConfig) -> Result<()> {
             ));
         }
     }
-    for disk in &config.disks {
-        if disk.queues == 0 || disk.queues > QUEUES_MAX {
-            return bad(format!(
-                "disk '{}' has {} queues; there are 1 to {QUEUES_MAX}",
-                disk.name, disk.queues
-            ));
-        }
-        if disk.serial.len() > SERIAL_MAX {
-            return bad(format!(
-                "the serial number of disk '{}' exceeds {SERIAL_MAX} bytes",
-                disk.name
-            ));
-        }
+    config
+        .disks
+        .iter()
+        .try_for_each(|disk| check_disk(&config.vm, disk))
+}
+
+/// What a disk must be, whoever uses it.
+pub(crate) fn check_disk(vm: &str, disk: &DiskConfig) -> Result<()> {
+    let reason = if disk.queues == 0 || disk.queues > QUEUES_MAX {
+        format!(
+            "disk '{}' has {} queues; there are 1 to {QUEUES_MAX}",
+            disk.name, disk.queues
+        )
+    } else if disk.serial.len() > SERIAL_MAX {
+        format!(
+            "the serial number of disk '{}' exceeds {SERIAL_MAX} bytes",
+            disk.name
+        )
+    } else {
+        return Ok(());
+    };
+    Err(BadConfig {
+        vm: vm.to_owned(),
+        reason,
     }
-    Ok(())
+    .into())
 }
 
 fn create_vcpus(kvm: &Kvm, vm: &Vm, count: u8) -> Result<Vec<Vcpu>> {
@@ -211,38 +244,59 @@ fn add_disks(
 ) -> Result<Vec<Arc<LiveDisk>>> {
     let mut disks = Vec::new();
     for disk in &config.disks {
-        let access = if disk.read_only {
-            Access::ReadOnly
-        } else {
-            Access::ReadWrite
-        };
-        let purpose = format!("the image of disk '{}'", disk.name);
-        let image = images::open(&disk.image, access, &purpose, fds)?;
-        let live = LiveDisk::new(disk.name.clone(), image);
-        let observer = Arc::clone(mailbox);
-        live.set_observer(Arc::new(move |seen| observer.observe(seen)));
-        let device = VirtioBlk::new(
-            format!("blk-{}", disk.name),
-            Arc::clone(&live),
-            &BlkConfig {
-                queues: disk.queues,
-                serial: disk.serial.clone(),
-                read_only: disk.read_only,
-            },
-        )?;
-        slots.add(disk.slot, device)?;
+        let live = open_disk(disk, fds, mailbox)?;
+        slots.add(disk.slot, blk(disk, &live)?)?;
         disks.push(live);
     }
     Ok(disks)
 }
 
-fn add_nics(slots: &mut Slots, config: &MachineConfig, fds: &mut Descriptors) -> Result<()> {
+/// The disk over its image.
+pub(crate) fn open_disk(
+    disk: &DiskConfig,
+    fds: &mut Descriptors,
+    mailbox: &Arc<Mailbox>,
+) -> Result<Arc<LiveDisk>> {
+    let access = if disk.read_only {
+        Access::ReadOnly
+    } else {
+        Access::ReadWrite
+    };
+    let purpose = format!("the image of disk '{}'", disk.name);
+    let image = images::open(&disk.image, access, &purpose, fds)?;
+    let live = LiveDisk::new(disk.name.clone(), image);
+    let observer = Arc::clone(mailbox);
+    live.set_observer(Arc::new(move |seen| observer.observe(seen)));
+    Ok(live)
+}
+
+/// The device that a guest sees of it.
+pub(crate) fn blk(disk: &DiskConfig, live: &Arc<LiveDisk>) -> Result<VirtioBlk> {
+    VirtioBlk::new(
+        format!("blk-{}", disk.name),
+        Arc::clone(live),
+        &BlkConfig {
+            queues: disk.queues,
+            serial: disk.serial.clone(),
+            read_only: disk.read_only,
+        },
+    )
+}
+
+fn add_nics(
+    slots: &mut Slots,
+    config: &MachineConfig,
+    fds: &mut Descriptors,
+) -> Result<Vec<(String, OwnedFd)>> {
+    let mut taps = Vec::new();
     for nic in &config.nics {
         let tap = fds.take(nic.tap, &format!("the tap of interface '{}'", nic.name))?;
+        let lent = tap.try_clone().os("dup", &nic.name)?;
+        taps.push((nic.name.clone(), lent));
         let device = VirtioNet::new(format!("net-{}", nic.name), tap, nic.mac)?;
         slots.add(nic.slot, device)?;
     }
-    Ok(())
+    Ok(taps)
 }
 
 /// What every guest has beside its spec's devices: a source of random numbers in the highest slot
@@ -284,20 +338,24 @@ fn kernel_of(boot: &BootConfig) -> String {
     match boot {
         BootConfig::Kernel { kernel_path, .. } => format!("the kernel {kernel_path}"),
         BootConfig::Disk { disk, .. } => format!("the kernel on disk '{disk}'"),
+        BootConfig::Predecessor => "nothing".to_owned(),
     }
 }
 
-/// Puts the kernel into the guest's memory.
+/// Puts the kernel into the guest's memory; none if the guest has booted already.
 fn load(
     config: &MachineConfig,
     fds: &mut Descriptors,
     disks: &[Arc<LiveDisk>],
     ram: &GuestRam,
-) -> Result<Entry> {
+) -> Result<Option<Entry>> {
     use vm_memory::GuestAddressSpace;
+    if config.boot == BootConfig::Predecessor {
+        return Ok(None);
+    }
     let tables = acpi::build(&AcpiConfig { cpus: config.cpus })?;
     let memory = ram.ram().memory();
-    match &config.boot {
+    let entry = match &config.boot {
         BootConfig::Kernel {
             kernel,
             initrd,
@@ -322,5 +380,7 @@ fn load(
                 .ok_or_else(|| Observation::from(NoSuchDisk { disk: disk.clone() }))?;
             boot_disk::load(live, cmdline_append, &memory, &tables, ram.size())
         }
-    }
+        BootConfig::Predecessor => return Ok(None),
+    };
+    entry.map(Some)
 }

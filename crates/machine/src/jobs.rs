@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use strake_api::control::{Event, LayerConfig};
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus, Phase};
 use strake_block::{Covered, Image, LiveDisk, MakeCover, Migration, SwitchHooks};
 use strake_observe::Result;
 
@@ -261,6 +261,20 @@ impl Jobs {
         self.find(job)?.cancel()
     }
 
+    pub(crate) fn pause(&self, job: &JobId) -> Result<()> {
+        self.find(job)?.pause()
+    }
+
+    pub(crate) fn resume(&self, job: &JobId) -> Result<()> {
+        self.find(job)?.resume();
+        Ok(())
+    }
+
+    pub(crate) fn set(&self, job: &JobId, change: &LimitsChange) -> Result<()> {
+        self.find(job)?.set(change);
+        Ok(())
+    }
+
     pub(crate) fn decide(&self, job: &JobId, committed: bool) -> Result<()> {
         self.find(job)?.decide(committed);
         Ok(())
@@ -324,7 +338,7 @@ fn told(mut all: Vec<MigrationStatus>) -> Vec<MigrationStatus> {
 #[cfg(test)]
 mod tests {
     use strake_api::control::{Body, MAX_PACKET, Packet, Reply, RunState, VmStatus};
-    use strake_api::job::PassReport;
+    use strake_api::job::{PassReport, Progress};
 
     use super::*;
 
@@ -341,6 +355,9 @@ mod tests {
             pause_ms: Some(0.1),
             elapsed_ms: u64::MAX,
             method: None,
+            progress: Progress::Paused,
+            latency: Some(Box::default()),
+            kept_bytes: Some(u64::MAX),
             overlay: None,
             failure: None,
         };

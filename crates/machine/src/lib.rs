@@ -6,12 +6,16 @@
 //! there over the buses to a device, a doorbell goes to the device's worker, and its requests go
 //! to a `LiveDisk`, a tap or the console. The end of the guest comes back through the [`Mailbox`].
 //!
+//! An export ([`Machine::export`]) is a machine without a guest: its disk's requests come from other
+//! programs, over vhost-user or NBD. Jobs, pauses and the end are the same.
+//!
 //! # Threads
 //! | thread | does | owns |
 //! | --- | --- | --- |
 //! | `control` (main) | the control socket, pauses, the end | the machine, the session |
 //! | `vcpu0` … | the guest, register accesses | its vCPU |
 //! | workers of devices | virtqueues, console | their queues |
+//! | front-ends of an export | their protocol | their connections |
 //! | a migration's | copies, switches | its copy of the bitmap |
 //!
 //! Nothing waits for a vCPU but a pause, and that for a bounded time; vCPUs wait for nobody but
@@ -22,6 +26,8 @@ mod boot_disk;
 mod build;
 pub mod control;
 mod descriptors;
+mod export;
+mod handover;
 mod images;
 mod jobs;
 mod machine;

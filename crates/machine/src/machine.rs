@@ -8,7 +8,8 @@
 //!
 //! Whether the vCPUs run follows from three facts under one lock ([`Run`]): the guest was started,
 //! the daemon paused it, migrations hold it. So a migration's short hold and the daemon's pause may
-//! overlap in any order. The lock is taken by the control thread and by migrations' threads, never
+//! overlap in any order. A fourth says in which monitor the guest is ([`Place`], see `handover`). The
+//! lock is taken by the control thread and by migrations' threads, never
 //! by a vCPU's.
 
 use std::os::fd::OwnedFd;
@@ -16,12 +17,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use strake_api::control::{DiskStatus, Event, RunState, VmStatus};
-use strake_api::job::{JobId, MigrationStatus};
+use strake_api::job::{JobId, LimitsChange, MigrationStatus};
 use strake_block::LiveDisk;
 use strake_devices::acpi_pm::AcpiPm;
 use strake_devices::console_hub::ConsoleHub;
 use strake_devices::lifecycle::{Component, Phase};
 use strake_kvm::Vm;
+use strake_memory::GuestRam;
 use strake_observe::{Observation, Result};
 
 use crate::Mailbox;
@@ -37,30 +39,71 @@ pub struct Machine {
     /// In the order in which they are started; they are brought to rest in the opposite one.
     pub(crate) components: Vec<Arc<dyn Component>>,
     pub(crate) disks: Vec<Arc<LiveDisk>>,
-    pub(crate) console: Arc<ConsoleHub>,
-    pub(crate) power: Arc<AcpiPm>,
     pub(crate) jobs: Jobs,
     pub(crate) mailbox: Arc<Mailbox>,
-    /// Last, so that the devices' interrupts and doorbells go first.
-    pub(crate) _vm: Vm,
+    /// Absent in an export. Last, so that the devices' interrupts and doorbells go first.
+    pub(crate) guest: Option<Guest>,
+}
+
+/// What only a machine with a guest has.
+pub(crate) struct Guest {
+    pub(crate) console: Arc<ConsoleHub>,
+    pub(crate) power: Arc<AcpiPm>,
+    /// The tap of each interface, to be lent.
+    pub(crate) taps: Vec<(String, OwnedFd)>,
+    pub(crate) ram: GuestRam,
+    pub(crate) vm: Vm,
 }
 
 /// Why the vCPUs run or not.
 #[derive(Debug, Default)]
 pub(crate) struct Run {
     /// When the guest was started.
-    started: Option<Instant>,
+    pub(crate) started: Option<Instant>,
     /// The daemon paused it.
-    paused: bool,
+    pub(crate) paused: bool,
     /// How many migrations hold it.
-    holds: usize,
+    pub(crate) holds: usize,
     /// It is over.
-    stopped: bool,
+    pub(crate) stopped: bool,
+    /// Where it is.
+    pub(crate) place: Place,
+}
+
+/// Where the guest is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In this monitor.
+    #[default]
+    Here,
+    /// In this monitor since it came from another one, after it stood still for so long.
+    Arrived {
+        /// Microseconds.
+        pause_us: u64,
+    },
+    /// Still in the monitor that it comes from.
+    Awaited,
+    /// Received, and not yet this monitor's to run; it stood still since then.
+    Received {
+        /// Nanoseconds of the monotonic clock.
+        since_ns: u64,
+    },
+    /// Given away, unless that is called off.
+    Given,
 }
 
 impl Run {
-    fn shall_run(&self) -> bool {
-        self.started.is_some() && !self.paused && self.holds == 0 && !self.stopped
+    pub(crate) fn shall_run(&self) -> bool {
+        self.live() && !self.paused && self.holds == 0
+    }
+
+    /// Whether it was started, has not ended, and is this monitor's.
+    pub(crate) fn live(&self) -> bool {
+        self.started.is_some() && !self.stopped && self.is_here()
+    }
+
+    pub(crate) fn is_here(&self) -> bool {
+        matches!(self.place, Place::Here | Place::Arrived { .. })
     }
 }
 
@@ -89,6 +132,9 @@ impl Machine {
         if run.started.is_some() || run.stopped {
             return Err(wrong_state("start", "started already"));
         }
+        if !run.is_here() {
+            return Err(wrong_state("start", "waiting for its guest"));
+        }
         for component in &self.components {
             component.start()?;
         }
@@ -105,7 +151,7 @@ impl Machine {
     /// It does not run, or the vCPUs do not stop in time.
     pub fn pause(&self) -> Result<()> {
         let mut run = self.lock();
-        if run.started.is_none() || run.stopped {
+        if !run.live() {
             return Err(wrong_state("pause", "not running"));
         }
         if run.paused {
@@ -126,8 +172,8 @@ impl Machine {
     /// It was not started.
     pub fn resume(&self) -> Result<()> {
         let mut run = self.lock();
-        if run.started.is_none() || run.stopped {
-            return Err(wrong_state("resume", "not started"));
+        if !run.live() {
+            return Err(wrong_state("resume", "not running"));
         }
         if !run.paused {
             return Ok(());
@@ -147,10 +193,11 @@ impl Machine {
     /// The guest does not run.
     pub fn press_power_button(&self) -> Result<()> {
         let run = self.lock();
-        if run.started.is_none() || run.stopped {
+        if !run.live() {
             return Err(wrong_state("press the power button", "not running"));
         }
-        self.power.press_power_button();
+        let guest = self.guest("press the power button")?;
+        guest.power.press_power_button();
         Ok(())
     }
 
@@ -159,14 +206,24 @@ impl Machine {
     /// # Errors
     /// The console takes no more.
     pub fn attach_console(&self, stream: OwnedFd) -> Result<()> {
-        self.console.attach(stream)
+        if !self.lock().is_here() {
+            return Err(wrong_state("attach a console", "in another monitor"));
+        }
+        self.guest("attach a console")?.console.attach(stream)
+    }
+
+    /// What only a machine with a guest has.
+    pub(crate) fn guest(&self, asked: &str) -> Result<&Guest> {
+        self.guest
+            .as_ref()
+            .ok_or_else(|| wrong_state(asked, "an export"))
     }
 
     /// Its state, as long as its guest has not ended.
     #[must_use]
     pub fn run_state(&self) -> RunState {
         let run = self.lock();
-        if run.started.is_none() {
+        if run.started.is_none() || matches!(run.place, Place::Awaited | Place::Received { .. }) {
             RunState::Built
         } else if run.paused {
             RunState::Paused
@@ -202,6 +259,9 @@ impl Machine {
     /// # Errors
     /// It is refused; nothing was changed.
     pub fn migrate(self: &Arc<Self>, request: MigrationRequest) -> Result<()> {
+        if !self.lock().is_here() {
+            return Err(wrong_state("migrate a disk", "in another monitor"));
+        }
         let hold: Arc<dyn Hold> = Arc::clone(self) as Arc<dyn Hold>;
         self.jobs.start(request, &self.disks, &hold, &self.mailbox)
     }
@@ -240,6 +300,30 @@ impl Machine {
     /// There is no such job, or the daemon was asked to commit it.
     pub fn cancel_job(&self, job: &JobId) -> Result<()> {
         self.jobs.cancel(job)
+    }
+
+    /// Lets a job rest.
+    ///
+    /// # Errors
+    /// There is no such job, or the daemon was asked to commit it.
+    pub fn pause_job(&self, job: &JobId) -> Result<()> {
+        self.jobs.pause(job)
+    }
+
+    /// Lets a paused job go on.
+    ///
+    /// # Errors
+    /// There is no such job.
+    pub fn resume_job(&self, job: &JobId) -> Result<()> {
+        self.jobs.resume(job)
+    }
+
+    /// Changes a job's limits.
+    ///
+    /// # Errors
+    /// There is no such job.
+    pub fn set_job(&self, job: &JobId, change: &LimitsChange) -> Result<()> {
+        self.jobs.set(job, change)
     }
 
     /// What the daemon decided about a job that awaits its commit.
@@ -298,11 +382,13 @@ impl Machine {
             }
         }
         // What the guest said last reaches the log.
-        self.console.close();
+        if let Some(guest) = &self.guest {
+            guest.console.close();
+        }
         seen
     }
 
-    fn lock(&self) -> MutexGuard<'_, Run> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Run> {
         self.run.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -326,6 +412,9 @@ impl Hold for Machine {
                 }
             }
         };
+        if !run.is_here() {
+            return Err(wrong_state("pause", "in another monitor"));
+        }
         if run.shall_run() {
             let left = end.saturating_duration_since(Instant::now());
             self.vcpus.park_within(left)?;
@@ -343,7 +432,7 @@ impl Hold for Machine {
     }
 }
 
-fn wrong_state(asked: &str, state: &str) -> Observation {
+pub(crate) fn wrong_state(asked: &str, state: &str) -> Observation {
     WrongState {
         asked: asked.to_owned(),
         state: state.to_owned(),

@@ -103,13 +103,14 @@ impl Mailbox {
         for entry in entries {
             let known = told.is_some_and(|told| contains(told, &entry.observation));
             if entry.state == State::Open && !known {
-                self.observe(entry.observation);
+                self.post(Event::Observed(entry.observation));
             }
         }
     }
 
     /// Posts something that no request waits for.
     pub fn observe(&self, seen: Observation) {
+        recorder().keep(&seen);
         self.post(Event::Observed(seen));
     }
 

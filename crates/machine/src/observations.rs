@@ -124,6 +124,38 @@ strake_observe::catalog! {
     text "{running} vCPUs did not stop within {waited_ms} ms";
     remedy "the host is overloaded or a device hangs; the VM goes on, try again";
 
+    /// A guest cannot move while something works on its disks.
+    JobsRun("machine.jobs-run") {
+        /// The jobs.
+        jobs: Vec<String>,
+    }
+    text "the guest cannot be handed to another monitor while jobs work on its disks: {jobs:?}";
+    remedy "wait for the jobs to end or cancel them, then try again; the VM goes on";
+
+    /// A guest was not handed over.
+    NotHandedOver("machine.not-handed-over") {
+        /// The VM.
+        vm: String,
+    }
+    text "'{vm}' was not handed to another monitor and goes on in this one";
+    remedy "see the cause";
+
+    /// A guest was not taken over.
+    NotTakenOver("machine.not-taken-over") {
+        /// The VM.
+        vm: String,
+    }
+    text "'{vm}' could not be taken over from the monitor that it runs in";
+    remedy "see the cause; the VM goes on in the monitor that it was in";
+
+    /// The way between two monitors does not work.
+    RecordsLost("machine.records-lost") {
+        /// What was being done.
+        doing: String,
+    }
+    text "the records of a guest on its way to another monitor were lost: {doing}";
+    remedy "the other monitor or the daemon has ended; the guest goes on where it was";
+
     /// A thread could not be started.
     ThreadFailed("machine.thread-failed") {
         /// Its name.

@@ -14,6 +14,10 @@
 //! Who changes the word: the machine, for a pause (under its own lock, so that pauses do not
 //! overlap), and a vCPU's thread whose guest powers off, resets or breaks: that one only ever sets
 //! [`Want::Leave`] and never waits. `Leave` is final.
+//!
+//! A parked thread also does an [`Errand`]: it saves its vCPU or restores it, all of them at once and
+//! each its own. An instruction that an exit interrupted is finished before its thread parks, because
+//! what KVM keeps of it until then is in no state.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -22,11 +26,11 @@ use std::time::{Duration, Instant};
 
 use strake_api::control::ExitReason;
 use strake_devices::bus::{MmioBus, PortBus};
-use strake_kvm::{Exit, Failure, Kicker, Vcpu};
+use strake_kvm::{Exit, Failure, Kicker, SavedVcpu, Vcpu};
 use strake_observe::{Observation, Result};
 
 use crate::Mailbox;
-use crate::observations::PauseTimeout;
+use crate::observations::{PauseTimeout, WrongState};
 use crate::threads::{self, ThreadKind};
 
 /// How long a pause waits for the vCPUs. A vCPU is late when its thread is in a device or the host
@@ -40,6 +44,13 @@ enum Want {
     Park,
     Run,
     Leave,
+}
+
+/// What parked threads do for somebody, each for its own vCPU.
+#[derive(Debug)]
+enum Errand {
+    Save,
+    Restore(Vec<SavedVcpu>),
 }
 
 /// Where the guest's accesses go.
@@ -74,6 +85,11 @@ pub(crate) struct Crew {
 struct State {
     parked: usize,
     gone: usize,
+    /// The errand that is under way, and its number.
+    errand: Option<Errand>,
+    number: u64,
+    /// What came of it so far.
+    results: Vec<Result<Option<(u8, SavedVcpu)>>>,
 }
 
 impl Vcpus {
@@ -104,6 +120,14 @@ impl Vcpus {
         Ok(this)
     }
 
+    /// Those of an export: none.
+    pub(crate) fn none() -> Self {
+        Self {
+            crew: Crew::new(&[]),
+            threads: Mutex::default(),
+        }
+    }
+
     /// Lets all of them run.
     pub(crate) fn let_run(&self) {
         self.crew.change(Want::Run);
@@ -125,6 +149,35 @@ impl Vcpus {
         self.crew.change(Want::Park);
         let limit = limit.min(PAUSE_LIMIT);
         self.crew.wait_parked(limit).inspect_err(|_| self.let_run())
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.crew.kickers.len()
+    }
+
+    /// Makes all of them leave the guest and saves them, in the order of their numbers. They stay
+    /// parked.
+    ///
+    /// # Errors
+    /// They do not stop in time, one has left for good, or KVM does not tell its state. Whoever
+    /// called decides whether they run on.
+    pub(crate) fn park_and_save(&self) -> Result<Vec<SavedVcpu>> {
+        self.crew.begin(Errand::Save);
+        self.crew.change(Want::Park);
+        let mut saved: Vec<_> = self.crew.finish()?.into_iter().flatten().collect();
+        saved.sort_by_key(|(index, _)| *index);
+        Ok(saved.into_iter().map(|(_, vcpu)| vcpu).collect())
+    }
+
+    /// Restores all of them, while they are parked.
+    ///
+    /// # Errors
+    /// They are not as many as were saved, or KVM does not take a state.
+    pub(crate) fn restore(&self, saved: Vec<SavedVcpu>) -> Result<()> {
+        self.crew.begin(Errand::Restore(saved));
+        self.crew.changed.notify_all();
+        self.crew.finish().map(drop)
     }
 
     /// Ends all threads.
@@ -208,8 +261,87 @@ impl Crew {
         }
     }
 
+    fn begin(&self, errand: Errand) {
+        let mut state = lock(&self.state);
+        state.errand = Some(errand);
+        state.number += 1;
+        state.results.clear();
+    }
+
+    /// Waits until all have done the errand.
+    fn finish(&self) -> Result<Vec<Option<(u8, SavedVcpu)>>> {
+        let end = Instant::now() + PAUSE_LIMIT;
+        let mut state = lock(&self.state);
+        let outcome: Result<()> = loop {
+            if state.gone > 0 {
+                break Err(WrongState {
+                    asked: "save or restore the guest".to_owned(),
+                    state: "at its end".to_owned(),
+                }
+                .into());
+            }
+            if state.results.len() == self.kickers.len() {
+                break Ok(());
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break Err(PauseTimeout {
+                    running: self.kickers.len() - state.results.len(),
+                    waited_ms: u64::try_from(PAUSE_LIMIT.as_millis()).unwrap_or(u64::MAX),
+                }
+                .into());
+            }
+            state = self
+                .arrived
+                .wait_timeout(state, left)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(state, _)| state);
+        };
+        state.errand = None;
+        let results = std::mem::take(&mut state.results);
+        drop(state);
+        outcome?;
+        results.into_iter().collect()
+    }
+
+    /// Does the errand that is under way, once.
+    fn run_errand<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        vcpu: &mut Vcpu,
+        done: &mut u64,
+    ) -> MutexGuard<'a, State> {
+        let number = state.number;
+        if state.errand.is_none() || *done == number {
+            return state;
+        }
+        *done = number;
+        let mine = match &mut state.errand {
+            Some(Errand::Restore(saved)) => {
+                let place = saved.get_mut(usize::from(vcpu.index()));
+                Some(place.map(|place| place.clone()))
+            }
+            _ => None,
+        };
+        drop(state);
+        let result = match mine {
+            None => vcpu.save().map(|saved| Some((vcpu.index(), saved))),
+            Some(Some(saved)) => vcpu.restore(&saved).map(|()| None),
+            Some(None) => Err(WrongState {
+                asked: format!("restore vCPU {}", vcpu.index()),
+                state: "not the one that was saved".to_owned(),
+            }
+            .into()),
+        };
+        let mut state = lock(&self.state);
+        if state.number == number && state.errand.is_some() {
+            state.results.push(result);
+            self.arrived.notify_all();
+        }
+        state
+    }
+
     /// Before each entry into the guest. Returns when the vCPU may run; false when it shall leave.
-    fn turn(&self, vcpu: &Vcpu) -> bool {
+    fn turn(&self, vcpu: &mut Vcpu, done: &mut u64) -> bool {
         match self.want() {
             Want::Run => return true,
             Want::Leave => return false,
@@ -218,7 +350,14 @@ impl Crew {
         let mut state = lock(&self.state);
         state.parked += 1;
         self.arrived.notify_all();
-        while self.want() == Want::Park {
+        loop {
+            state = self.run_errand(state, vcpu, done);
+            if self.want() != Want::Park {
+                break;
+            }
+            if state.errand.is_some() && state.number != *done {
+                continue;
+            }
             state = self
                 .changed
                 .wait(state)
@@ -265,8 +404,19 @@ impl Member {
 
     /// Guest → exit → device → guest, until the end.
     fn serve(&self, vcpu: &mut Vcpu) {
-        while self.crew.turn(vcpu) {
-            match self.handle(vcpu.run()) {
+        // Whether an instruction is to be finished, which KVM does when it is entered again.
+        let mut unfinished = false;
+        let mut errands = 0;
+        loop {
+            match self.crew.want() {
+                Want::Park if unfinished => vcpu.finish_exit(),
+                Want::Run if unfinished => {}
+                _ if self.crew.turn(vcpu, &mut errands) => {}
+                _ => return,
+            }
+            let next = self.handle(vcpu.run());
+            unfinished = matches!(next, Next::Again);
+            match next {
                 Next::Again => {}
                 Next::Kicked => vcpu.acknowledge_kick(),
                 Next::Reset => {

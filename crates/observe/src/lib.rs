@@ -12,6 +12,7 @@
 //! * [`Task`] is a scope: what its callees saw either becomes the cause of its own failure or is
 //!   cleared by its success.
 //! * [`recorder()`] keeps the last ones of this process, open and cleared, for a later look.
+//! * [`Ring`] keeps the last open ones in a file, for whoever finds the process killed.
 //!
 //! [catalog]: Kind
 
@@ -20,6 +21,7 @@ mod observation;
 mod os;
 mod recorder;
 mod render;
+mod ring;
 mod task;
 
 pub use catalog::{Entry, Kind};
@@ -27,6 +29,7 @@ pub use observation::{Because, Emitter, Observation, Record, Result, set_process
 pub use os::{CATALOG as OS_CATALOG, OsCallFailed, OsContext, errno_name};
 pub use recorder::{FlightRecorder, RECORDER_CAPACITY, Recorded, State, Watcher, recorder};
 pub use render::{Style, render};
+pub use ring::{Ring, left_behind};
 pub use task::Task;
 
 #[doc(hidden)]

@@ -5,7 +5,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::Observation;
+use crate::{Observation, Ring};
 
 /// How many observations a process keeps. The oldest go first.
 pub const RECORDER_CAPACITY: usize = 1024;
@@ -39,6 +39,7 @@ pub struct Recorded {
 pub struct FlightRecorder {
     inner: Mutex<Inner>,
     watcher: OnceLock<Watcher>,
+    ring: OnceLock<Ring>,
 }
 
 /// What is called after each record, in the thread that recorded. It must not wait.
@@ -82,6 +83,7 @@ impl FlightRecorder {
                 entries: VecDeque::new(),
             }),
             watcher: OnceLock::new(),
+            ring: OnceLock::new(),
         }
     }
 
@@ -91,8 +93,23 @@ impl FlightRecorder {
         let _ = self.watcher.set(watcher);
     }
 
+    /// Keeps every open observation in `ring` too, from now on. Only the first call counts.
+    pub fn outlive(&self, ring: Ring) {
+        let _ = self.ring.set(ring);
+    }
+
+    /// Keeps an observation that somebody else hands on in the ring alone, if there is one.
+    pub fn keep(&self, seen: &Observation) {
+        if let Some(ring) = self.ring.get() {
+            ring.keep(seen);
+        }
+    }
+
     /// Keeps one observation and returns its sequence number.
     pub fn record(&self, observation: Observation, state: State) -> u64 {
+        if state == State::Open {
+            self.keep(&observation);
+        }
         // The recorder is used while things fail: a poisoned lock must not add a panic.
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         let seq = inner.next;

@@ -7,10 +7,13 @@ use std::process::{abort, exit};
 use std::sync::Arc;
 
 use strake_api::control::{
-    DiskCounters, DiskStatus, Event, ExitReason, MachineConfig, Reply, Request, RunState, VmStatus,
+    BootConfig, DiskConfig, DiskCounters, DiskStatus, Event, ExitReason, ExportConfig, FdIndex,
+    Lent, MachineConfig, Reply, Request, RunState, VmStatus,
 };
+use strake_api::job::Progress;
 
 use strake_block::Image;
+use strake_observe::{Ring, State, recorder};
 
 use crate::images::{self, Fds};
 use crate::jobs::{Job, Order, To};
@@ -32,6 +35,16 @@ pub(crate) enum Late {
     Now,
 }
 
+/// Where the guest is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Place {
+    Here,
+    Given,
+    Awaited,
+    Received,
+    Arrived,
+}
+
 pub(crate) struct Machine {
     pub(crate) name: String,
     pub(crate) cmdline: String,
@@ -44,6 +57,9 @@ pub(crate) struct Machine {
     pub(crate) accepts: Late,
     log: File,
     state: RunState,
+    /// Where the guest is, as with a real monitor.
+    pub(crate) place: Place,
+    memory: OwnedFd,
     /// Descriptors of which only the holding counts: /dev/kvm, memory, kernel, taps.
     _others: Vec<OwnedFd>,
 }
@@ -52,8 +68,43 @@ impl Machine {
     pub(crate) fn new(config: &MachineConfig, cmdline: String, fds: Vec<OwnedFd>) -> Self {
         let mut fds = Fds::new(fds);
         let log = fds.take(config.console_log).unwrap_or_else(|| exit(4));
-        let disks = config
-            .disks
+        let memory = fds.take(config.memory.memfd).unwrap_or_else(|| exit(4));
+        if let Some(file) = config.observations.and_then(|index| fds.take(index)) {
+            recorder().outlive(Ring::new(File::from(file)));
+        }
+        let mut machine = Self::over(&config.vm, &config.disks, log.into(), memory, cmdline, fds);
+        if matches!(config.boot, BootConfig::Predecessor) {
+            machine.place = Place::Awaited;
+        }
+        machine
+    }
+
+    /// An export: it listens at nothing, but holds what it was given.
+    pub(crate) fn export(config: &ExportConfig, fds: Vec<OwnedFd>) -> Self {
+        let log = File::options().write(true).open("/dev/null");
+        let log = log.unwrap_or_else(|_| exit(4));
+        let disks = std::slice::from_ref(&config.disk);
+        let memory = log.try_clone().unwrap_or_else(|_| exit(4));
+        let fds = Fds::new(fds);
+        Self::over(
+            &config.export,
+            disks,
+            log,
+            memory.into(),
+            String::new(),
+            fds,
+        )
+    }
+
+    fn over(
+        name: &str,
+        disks: &[DiskConfig],
+        log: File,
+        memory: OwnedFd,
+        cmdline: String,
+        mut fds: Fds,
+    ) -> Self {
+        let disks = disks
             .iter()
             .map(|disk| {
                 let image = images::open(&disk.image, disk.read_only, &mut fds);
@@ -69,15 +120,17 @@ impl Machine {
             })
             .collect();
         Self {
-            name: config.vm.clone(),
+            name: name.to_owned(),
             cmdline,
             disks,
             consoles: Vec::new(),
             jobs: Vec::new(),
             ends_when_alone: false,
             accepts: Late::No,
-            log: File::from(log),
+            log,
             state: RunState::Built,
+            place: Place::Here,
+            memory,
             _others: fds.rest(),
         }
     }
@@ -183,12 +236,92 @@ impl Machine {
                 None => Reply::Failed(staged("no such job")),
             },
             Request::CancelJob { job } => self.cancel(&job, &mut events),
+            Request::PauseJob { job } => self.paused(&job, Progress::Paused),
+            Request::ResumeJob { job } => self.paused(&job, Progress::On),
+            Request::SetJob { job, change } => self.set(&job, &change),
             Request::JobDecision { job, committed } => self.decided(&job, committed, &mut events),
-            Request::Hello { .. } | Request::Configure(_) | Request::Stop | Request::Dismiss => {
-                Reply::Done
-            }
+            Request::HandOver { .. } => self.hand_over(fds.pop()),
+            Request::Receive { .. } => self.receive(fds.pop()),
+            Request::TakeOver => match self.place {
+                Place::Received | Place::Arrived => {
+                    if self.told("die-at-take-over") {
+                        abort();
+                    }
+                    self.place = Place::Arrived;
+                    self.state = RunState::Running;
+                    say(&mut self.log, &mut self.consoles, "guest goes on\n");
+                    Reply::TookOver { pause_us: 7 }
+                }
+                _ => Reply::Failed(staged("no guest to take over")),
+            },
+            Request::CallOff => match self.place {
+                Place::Awaited | Place::Received => Reply::Failed(staged("not the first")),
+                Place::Given => {
+                    self.place = Place::Here;
+                    say(&mut self.log, &mut self.consoles, "guest stays\n");
+                    Reply::Done
+                }
+                Place::Here | Place::Arrived => Reply::Done,
+            },
+            Request::Hello { .. }
+            | Request::Configure(_)
+            | Request::ConfigureExport(_)
+            | Request::Stop
+            | Request::Dismiss
+            | Request::Lend
+            | Request::Retire => Reply::Done,
         };
         (Some(reply), events)
+    }
+
+    /// What a successor needs.
+    pub(crate) fn lend(&self) -> Option<(Lent, Vec<OwnedFd>)> {
+        let mut fds = vec![self.memory.try_clone().ok()?];
+        for disk in &self.disks {
+            fds.extend(disk.image.files().ok()?);
+        }
+        let images = 1..u8::try_from(fds.len()).ok()?;
+        let lent = Lent {
+            memory: FdIndex(0),
+            images: images.map(FdIndex).collect(),
+            taps: Vec::new(),
+        };
+        Some((lent, fds))
+    }
+
+    /// The records are what the guest was told at its start.
+    fn hand_over(&mut self, stream: Option<OwnedFd>) -> Reply {
+        use std::io::Write;
+        if self.told("keeps-its-guest") {
+            return Reply::Failed(staged("keeps-its-guest"));
+        }
+        if self.told("die-at-hand-over") {
+            abort();
+        }
+        let sent = stream.map(|stream| UnixStream::from(stream).write_all(self.cmdline.as_bytes()));
+        if !matches!(sent, Some(Ok(()))) {
+            return Reply::Failed(staged("nobody takes the records"));
+        }
+        self.place = Place::Given;
+        Reply::Done
+    }
+
+    fn receive(&mut self, stream: Option<OwnedFd>) -> Reply {
+        use std::io::Read;
+        let mut records = String::new();
+        let read = stream.map(|stream| UnixStream::from(stream).read_to_string(&mut records));
+        if !matches!(read, Some(Ok(_))) || self.place != Place::Awaited {
+            return Reply::Failed(staged("no records"));
+        }
+        self.cmdline = records;
+        if self.told("die-at-receive") {
+            abort();
+        }
+        if self.told("refuse-guest") {
+            return Reply::Failed(staged("refuse-guest"));
+        }
+        self.place = Place::Received;
+        Reply::Done
     }
 
     fn becomes(&mut self, state: RunState, events: &mut Vec<Event>) -> Reply {
@@ -238,6 +371,12 @@ impl Machine {
             ["crash"] => {
                 eprintln!("crashes because a test says so");
                 abort();
+            }
+            // Seen, and killed before it could be told.
+            ["see-and-die"] => {
+                recorder().record(staged("seen in the last moment"), State::Open);
+                let us = rustix::process::getpid();
+                let _ = rustix::process::kill_process(us, rustix::process::Signal::KILL);
             }
             ["poweroff"] => events.push(exited(ExitReason::GuestPowerOff)),
             ["reset"] => events.push(exited(ExitReason::GuestReset)),

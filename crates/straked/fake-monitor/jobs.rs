@@ -5,7 +5,7 @@ use std::process::abort;
 use std::sync::Arc;
 
 use strake_api::control::{Event, FdIndex, ImageConfig, LayerConfig, Reply};
-use strake_api::job::{JobId, MigrationStatus, PassReport, Phase};
+use strake_api::job::{Ceiling, JobId, LimitsChange, MigrationStatus, PassReport, Phase, Progress};
 use strake_block::Image;
 use strake_observe::{OsContext, Result};
 
@@ -76,24 +76,14 @@ impl Machine {
             To::Cover(_) | To::Below(_) => None,
         };
         let id = order.job.clone();
+        let disk = self.disks.iter().find(|of| of.name == order.disk);
+        let size = disk.map_or(0, |of| of.size);
         let job = Job {
             status: MigrationStatus {
-                size_bytes: self
-                    .disks
-                    .iter()
-                    .find(|of| of.name == order.disk)
-                    .map_or(0, |of| of.size),
-                job: order.job,
-                disk: order.disk,
                 phase: Phase::Copying,
-                passes: Vec::new(),
                 throughput: 1,
-                expected_pause_ms: None,
-                pause_ms: None,
                 elapsed_ms: 1,
-                method: None,
-                overlay: None,
-                failure: None,
+                ..MigrationStatus::new(order.job, order.disk, size)
             },
             destination: Some(destination),
             covers,
@@ -183,6 +173,27 @@ impl Machine {
             }
             _ => Reply::Failed(staged("nothing to cancel")),
         }
+    }
+
+    pub(crate) fn paused(&mut self, id: &JobId, progress: Progress) -> Reply {
+        match self.job(id) {
+            Some(job) if job.status.phase == Phase::Copying => {
+                job.status.progress = progress;
+                Reply::Done
+            }
+            _ => Reply::Failed(staged("nothing to pause")),
+        }
+    }
+
+    /// Shows a new rate as the throughput.
+    pub(crate) fn set(&mut self, id: &JobId, change: &LimitsChange) -> Reply {
+        let Some(job) = self.job(id) else {
+            return Reply::Failed(staged("no such job"));
+        };
+        if let Some(Ceiling::At(rate)) = change.bytes_per_second {
+            job.status.throughput = rate;
+        }
+        Reply::Done
     }
 
     pub(crate) fn decided(

@@ -11,7 +11,7 @@ mod jobs;
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::exit;
 
@@ -105,7 +105,9 @@ impl Monitor {
                 .as_ref()
                 .map(|fd| PollFd::new(fd, PollFlags::IN)),
         );
-        let consoles = self.machine.iter().flat_map(|machine| &machine.consoles);
+        let runs = |m: &&Machine| matches!(m.place, guest::Place::Here | guest::Place::Arrived);
+        let machines = self.machine.iter().filter(runs);
+        let consoles = machines.flat_map(|machine| &machine.consoles);
         fds.extend(consoles.map(|stream| PollFd::new(stream, PollFlags::IN)));
         let patience = Timespec {
             tv_sec: LONELY_LIMIT,
@@ -117,7 +119,12 @@ impl Monitor {
         let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
         let ready = |index: usize| ready.get(index).copied().unwrap_or(false);
         let first_console = 1 + usize::from(self.daemon.is_some());
-        let consoles = self.machine.as_ref().map_or(0, |m| m.consoles.len());
+        let runs = |m: &&Machine| matches!(m.place, guest::Place::Here | guest::Place::Arrived);
+        let consoles = self
+            .machine
+            .as_ref()
+            .filter(runs)
+            .map_or(0, |m| m.consoles.len());
         let spoken: Vec<usize> = (0..consoles)
             .filter(|index| ready(first_console + index))
             .collect();
@@ -190,7 +197,13 @@ impl Monitor {
         let Body::Request(request) = received.packet.body else {
             return;
         };
-        let dismissed = request == Request::Dismiss;
+        let retired = request == Request::Retire
+            && self
+                .machine
+                .as_ref()
+                .is_some_and(|m| m.place == guest::Place::Given);
+        let dismissed = request == Request::Dismiss || retired;
+        let lends = request == Request::Lend;
         let reply = self.answer(request, received.fds, version);
         if reply.is_none() {
             self.late = Some(received.packet.id);
@@ -202,7 +215,21 @@ impl Monitor {
             id: received.packet.id,
             body: Body::Reply(reply),
         };
-        if packet::send(daemon, &packet, &[]).is_err() {
+        let lent = self
+            .machine
+            .as_ref()
+            .filter(|_| lends)
+            .and_then(Machine::lend);
+        let sent = match lent {
+            Some((lent, fds)) => {
+                let body = Body::Reply(Reply::Lent(lent));
+                let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                let id = received.packet.id;
+                packet::send(daemon, &Packet { id, body }, &fds)
+            }
+            None => packet::send(daemon, &packet, &[]),
+        };
+        if sent.is_err() {
             self.daemon = None;
         }
         if dismissed {
@@ -230,11 +257,16 @@ impl Monitor {
                 let cmdline = match &config.boot {
                     BootConfig::Kernel { cmdline, .. } => cmdline.clone(),
                     BootConfig::Disk { cmdline_append, .. } => cmdline_append.clone(),
+                    BootConfig::Predecessor => String::new(),
                 };
                 if cmdline.contains("refuse-configure") {
                     return Some(Reply::Failed(staged("refuse-configure")));
                 }
                 self.machine = Some(Machine::new(&config, cmdline, fds));
+                return Some(Reply::Done);
+            }
+            Request::ConfigureExport(config) => {
+                self.machine = Some(Machine::export(&config, fds));
                 return Some(Reply::Done);
             }
             Request::Stop => {

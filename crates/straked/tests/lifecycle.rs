@@ -37,8 +37,8 @@ fn a_vm_lives_and_leaves_nothing() {
     let leaked =
         |fd: &&String| fd.contains("sqlite") || fd.ends_with("lock") || fd.contains("epoll");
     assert_eq!(fds.iter().find(leaked), None, "{fds:?}");
-    // Standard three, listener, connection, kvm, kernel, disk, memory, console log.
-    assert_eq!(fds.len(), 10, "{fds:?}");
+    // Standard three, listener, connection, kvm, kernel, disk, memory, console log, its observations.
+    assert_eq!(fds.len(), 11, "{fds:?}");
     let (status, seen) = world.refused("POST", "/v1/vms/web1/start", &Value::Null);
     assert_eq!(status, 409, "{seen}");
     let (status, _) = world.refused("DELETE", "/v1/vms/web1", &Value::Null);
@@ -345,6 +345,30 @@ fn a_monitor_that_dies_is_explained() {
     );
     assert!(seen.find("fake.staged").is_some(), "{seen:#?}");
     assert_eq!(world.start("web1").state, VmState::Running);
+}
+
+#[test]
+fn what_a_killed_monitor_saw_last_is_known() {
+    let world = World::new();
+    world.create("");
+    world.start("web1");
+    world.tell("web1", "see-and-die");
+    let vm = world.wait_for("web1", VmState::Failed);
+    let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert_eq!(seen.id(), "host.monitor-died");
+    assert!(seen.text().contains("SIGKILL"), "{seen}");
+    let last = seen.find("fake.staged").unwrap();
+    assert!(last.text().contains("in the last moment"), "{last}");
+    // The next one's death has nothing to do with it.
+    world.start("web1");
+    world.tell("web1", "crash");
+    let vm = world.wait_for("web1", VmState::Failed);
+    let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+        panic!("{vm:?}");
+    };
+    assert!(seen.find("fake.staged").is_none(), "{seen:#?}");
 }
 
 #[test]

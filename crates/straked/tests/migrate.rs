@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 
 use common::{DISK, MIGRATE, World, soon};
 use serde_json::{Value, json};
-use strake_api::job::Phase;
+use strake_api::job::{Latency, Phase, Progress};
 use strake_api::rest::{Job, VmState};
 
 /// `web1` runs, with something on its disk.
@@ -110,6 +110,48 @@ fn a_failed_system_call_in_the_monitor_reaches_the_client_whole() {
         assert!(call.text().contains(part), "{call}");
     }
     assert!(!call.remedy().is_empty());
+}
+
+#[test]
+fn a_job_can_be_paused_resumed_and_limited_while_it_copies() {
+    let world = running("job=hold");
+    let job = world.migrate("fast");
+    world.wait_for_phase(&job, Phase::Copying);
+    let asked = |what: &str, body: &Value| -> Job {
+        world.ok("POST", &format!("/v1/jobs/job-1/{what}"), body)
+    };
+    let paused = asked("pause", &Value::Null);
+    assert_eq!(paused.status.progress, Progress::Paused);
+    assert_eq!(asked("resume", &Value::Null).status.progress, Progress::On);
+    // What is not named stays.
+    let set = asked(
+        "set",
+        &json!({ "bytes_per_second": { "at": 4711 }, "pause_ms": 50 }),
+    );
+    assert_eq!(set.status.throughput, 4711);
+    let set = asked(
+        "set",
+        &json!({ "iops": { "at": 9 }, "latency": { "us": 700 } }),
+    );
+    let limits = &set.limits;
+    assert_eq!((limits.bytes_per_second, limits.pause_ms), (Some(4711), 50));
+    assert_eq!((limits.iops, limits.latency), (Some(9), Latency::Us(700)));
+    for wrong in [
+        json!({ "bytes_per_second": { "at": 0 } }),
+        json!({ "iops": { "at": 0 } }),
+        json!({ "latency": { "us": 0 } }),
+        json!({ "pause_ms": 0 }),
+        json!({ "method": "mirror" }),
+    ] {
+        let (status, seen) = world.refused("POST", "/v1/jobs/job-1/set", &wrong);
+        assert_eq!(status, 400, "{seen}");
+    }
+    world.tell("web1", "go");
+    assert_eq!(world.wait_for_job(&job).status.phase, Phase::Completed);
+    for what in ["pause", "resume", "set"] {
+        let (status, _) = world.refused("POST", &format!("/v1/jobs/job-1/{what}"), &json!({}));
+        assert_eq!(status, 409, "{what}");
+    }
 }
 
 #[test]

@@ -151,6 +151,7 @@ impl Monitor {
             nics: Vec::new(),
             console: ConsoleKind::default(),
             console_log: FdIndex(3),
+            observations: None,
         };
         let reply = monitor.ask(Request::Configure(Box::new(config)), &fds);
         assert!(matches!(reply, Reply::Done), "{reply:?}");

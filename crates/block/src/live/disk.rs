@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use strake_api::control::DiskCounters;
 use strake_observe::{Observation, Result};
 
+use super::claims::Claims;
+use super::latency::Meter;
 use super::mirror::{Half, Mirror};
 use super::{DiskQueue, Gate};
 use crate::{Access, DirtyBitmap, Event, Image, ImageQueue, Operation};
@@ -31,6 +33,8 @@ pub struct LiveDisk {
     /// Marks what is written while a migration runs. It is looked up when a request has *ended*,
     /// see [`LiveDisk::begin_tracking`].
     tracker: RwLock<Option<Arc<DirtyBitmap>>>,
+    /// What a crash may rely on, while a job keeps such claims.
+    claims: RwLock<Option<Arc<Claims<Event>>>>,
     /// While changes go to a destination as well.
     mirror: Mutex<Option<Arc<Mirror>>>,
     queues: Mutex<Vec<Weak<QueueShared>>>,
@@ -39,6 +43,7 @@ pub struct LiveDisk {
     /// Whether a migration has the disk; there is one at a time.
     migrating: Mutex<bool>,
     pub(super) counters: Counters,
+    pub(super) latency: Meter,
 }
 
 /// What a queue shares with whoever replaces the image.
@@ -51,6 +56,8 @@ pub(super) struct QueueShared {
     pub(super) prepared: Mutex<Option<(u64, Box<dyn ImageQueue>)>>,
     /// The destination's side, while the disk is being mirrored.
     pub(super) half: Mutex<Option<Half>>,
+    /// Changes on their way that began when there were no claims. Changed by the queue's worker alone.
+    pub(super) plain: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -91,12 +98,14 @@ impl LiveDisk {
             image: RwLock::new(image),
             generation: AtomicU64::new(0),
             tracker: RwLock::new(None),
+            claims: RwLock::new(None),
             mirror: Mutex::new(None),
             queues: Mutex::new(Vec::new()),
             observer: Mutex::new(None),
             observed: Mutex::new((None, 0)),
             migrating: Mutex::new(false),
             counters: Counters::default(),
+            latency: Meter::default(),
         })
     }
 
@@ -155,6 +164,7 @@ impl LiveDisk {
             depth,
             prepared: Mutex::new(None),
             half: Mutex::new(None),
+            plain: AtomicU64::new(0),
         });
         if let Some(mirror) = &*lock(&self.mirror) {
             // The guest's queue comes first: what cannot be mirrored fails the mirroring.
@@ -194,6 +204,16 @@ impl LiveDisk {
             .wrapping_add(of(&counters.flushes))
             .wrapping_add(of(&counters.discards));
         (ended, self.gate.inside())
+    }
+
+    /// How long the guest's reads and writes took in the mean until now, if there were any.
+    pub(crate) fn latency(&self) -> Option<Duration> {
+        self.latency.mean()
+    }
+
+    /// How long all measured ones took, in nanoseconds, and how many they are; both wrap.
+    pub(crate) fn measured(&self) -> (u64, u64) {
+        self.latency.measured()
     }
 
     pub(super) fn generation(&self) -> u64 {
@@ -253,12 +273,38 @@ impl LiveDisk {
     /// now finds the bitmap when it ends; a write that ended before this call and found none had
     /// reached the image by then, so whoever reads the image after this call reads it.
     pub(crate) fn begin_tracking(&self, bitmap: Arc<DirtyBitmap>) {
+        self.latency.all(true);
         *self.tracker.write().unwrap_or_else(PoisonError::into_inner) = Some(bitmap);
     }
 
     /// Changes are no longer marked.
     pub(crate) fn end_tracking(&self) {
+        self.latency.all(false);
         *self.tracker.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// From now on changes go by `claims`.
+    pub(crate) fn begin_claims(&self, claims: Arc<Claims<Event>>) {
+        *self.claims.write().unwrap_or_else(PoisonError::into_inner) = Some(claims);
+    }
+
+    /// Changes need nobody's leave any more. Those that wait are to be told by whoever has the claims.
+    pub(crate) fn end_claims(&self) {
+        *self.claims.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    pub(super) fn claims(&self) -> Option<Arc<Claims<Event>>> {
+        let claims = self.claims.read().unwrap_or_else(PoisonError::into_inner);
+        claims.clone()
+    }
+
+    /// Whether changes are on their way that began before there were claims. Once false it stays so
+    /// until the claims end: a change is counted before it looks for claims, so one that found none
+    /// is counted when whoever brought them looks here.
+    pub(crate) fn has_plain_changes(&self) -> bool {
+        let queues = lock(&self.queues);
+        let mut queues = queues.iter().filter_map(Weak::upgrade);
+        queues.any(|queue| queue.plain.load(Ordering::SeqCst) > 0)
     }
 
     /// From now on changes go by the zones of `mirror`. Tracking must have begun: it is what a

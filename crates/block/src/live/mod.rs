@@ -3,10 +3,12 @@
 //! Threads: each virtqueue worker owns a [`DiskQueue`]; one migration thread at most closes and
 //! opens the gate, turns tracking and mirroring on and off and replaces the image. Lock order:
 //! `queues` before `mirror` before a queue's `half` before the table of the zones; `queues` before
-//! `prepared`; the gate's lock is a leaf.
+//! `prepared`; the gate's lock and that of the claims are leaves.
 
+mod claims;
 mod disk;
 mod gate;
+mod latency;
 mod mirror;
 mod queue;
 mod zones;
@@ -14,6 +16,9 @@ mod zones;
 #[cfg(test)]
 mod tests;
 
+#[cfg(test)]
+pub(crate) use claims::MOST_REGIONS;
+pub(crate) use claims::{Claims, region_bytes};
 pub use disk::{LiveDisk, Observer};
 pub(crate) use gate::Gate;
 pub(crate) use mirror::Mirror;

@@ -4,15 +4,19 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use strake_observe::{Observation, Result};
 
 use super::LiveDisk;
+use super::claims::{Begin, Claims};
 use super::disk::{QueueShared, lock};
 use super::mirror::{Half, Mirror};
 use super::zones::{Ticket, Turn, Zone};
 use crate::raw::Aligned;
-use crate::{BadRequest, Completion, ImageQueue, Operation, ReadOnlyDisk, Request, SECTOR_BYTES};
+use crate::{
+    BadRequest, Completion, Event, ImageQueue, Operation, ReadOnlyDisk, Request, SECTOR_BYTES,
+};
 
 /// One worker's way into a [`LiveDisk`]. Owned by one thread.
 ///
@@ -34,10 +38,14 @@ pub struct DiskQueue {
     /// What is inside the gate, by the tag that the image's queue knows it by.
     inside: Vec<Option<Inside>>,
     free: Vec<usize>,
+    /// Inside the gate, waiting until what they change is no longer claimed (see `claims.rs`).
+    claimed: VecDeque<(usize, Request)>,
     /// Inside the gate, waiting for their turn or for memory (see `zones.rs`).
     held: VecDeque<(usize, Request)>,
     /// How many have a half at the destination's queue.
     halves: usize,
+    /// Counts requests, for those that are measured.
+    started: u32,
 }
 
 #[derive(Debug)]
@@ -46,8 +54,21 @@ struct Inside {
     op: Operation,
     offset: u64,
     len: u64,
+    /// When it began, if it is measured.
+    began: Option<Instant>,
+    counted: Counted,
     /// How it is being mirrored, if it is.
     zoned: Option<Zoned>,
+}
+
+/// Where a change on its way is counted.
+#[derive(Debug)]
+enum Counted {
+    /// Nowhere: it is none, or it has not begun.
+    Not,
+    /// There were no claims when it began.
+    Plain,
+    By(Arc<Claims<Event>>),
 }
 
 /// A change by the zones of a mirror.
@@ -100,8 +121,10 @@ impl DiskQueue {
             refused: VecDeque::new(),
             inside: Vec::new(),
             free: Vec::new(),
+            claimed: VecDeque::new(),
             held: VecDeque::new(),
             halves: 0,
+            started: 0,
         }
     }
 
@@ -184,6 +207,7 @@ impl DiskQueue {
         }
         let Self {
             disk,
+            shared,
             image,
             inside,
             free,
@@ -205,7 +229,7 @@ impl DiskQueue {
                 return;
             };
             free.push(slot);
-            ended(disk, was, completion.result, done);
+            ended((disk, shared), was, completion.result, done);
         });
         self.push()
     }
@@ -247,7 +271,7 @@ impl DiskQueue {
                 && let Some(was) = place.take()
             {
                 self.free.push(slot);
-                ended(&self.disk, was, result, done);
+                ended((&self.disk, &self.shared), was, result, done);
             }
         }
     }
@@ -274,11 +298,15 @@ impl DiskQueue {
 
     /// Starts a request that has entered the gate.
     fn start(&mut self, request: Request, half: Option<&mut Half>) {
+        self.started = self.started.wrapping_add(1);
+        let measured = self.disk.latency.wants(self.started);
         let inside = Inside {
+            began: measured.then(Instant::now),
             tag: request.tag,
             op: request.op,
             offset: request.offset,
             len: request.len(),
+            counted: Counted::Not,
             zoned: None,
         };
         let slot = match self.free.pop() {
@@ -288,15 +316,27 @@ impl DiskQueue {
                 self.inside.len() - 1
             }
         };
-        let changes = inside.op.changes();
-        let (offset, len) = (inside.offset, inside.len);
         if let Some(place) = self.inside.get_mut(slot) {
             *place = Some(inside);
         }
-        let Some(half) = half.filter(|_| changes) else {
+        self.begin(slot, request, half);
+    }
+
+    /// Starts a request that is inside, if it may begin.
+    fn begin(&mut self, slot: usize, request: Request, half: Option<&mut Half>) {
+        if !request.op.changes() {
+            self.send(slot, request);
+            return;
+        }
+        if !self.may_begin(slot, &request) {
+            self.claimed.push_back((slot, request));
+            return;
+        }
+        let Some(half) = half else {
             self.send(slot, request);
             return;
         };
+        let (offset, len) = (request.offset, request.len());
         let mirror = Arc::clone(half.mirror());
         let turn = mirror.zones.enter(offset, len, &self.shared.event);
         let (ticket, now) = match turn {
@@ -323,8 +363,36 @@ impl DiskQueue {
         }
     }
 
-    /// Starts what had to wait for its turn or for memory, as far as it can.
+    /// Whether nobody relies on what a change is about to change.
+    fn may_begin(&mut self, slot: usize, request: &Request) -> bool {
+        let plain = &self.shared.plain;
+        // Before it looks for claims: see `LiveDisk::has_plain_changes`.
+        plain.fetch_add(1, Ordering::SeqCst);
+        let counted = match self.disk.claims() {
+            None => Counted::Plain,
+            Some(claims) => {
+                plain.fetch_sub(1, Ordering::SeqCst);
+                let event = &self.shared.event;
+                match claims.begin(request.offset, request.len(), event) {
+                    Begin::Now => Counted::By(claims),
+                    Begin::Later => return false,
+                }
+            }
+        };
+        if let Some(inside) = self.inside.get_mut(slot).and_then(Option::as_mut) {
+            inside.counted = counted;
+        }
+        true
+    }
+
+    /// Starts what had to wait, as far as it can.
     fn go_on(&mut self, mut half: Option<&mut Half>) {
+        for _ in 0..self.claimed.len() {
+            let Some((slot, request)) = self.claimed.pop_front() else {
+                break;
+            };
+            self.begin(slot, request, half.as_deref_mut());
+        }
         for _ in 0..self.held.len() {
             let Some((slot, request)) = self.held.pop_front() else {
                 return;
@@ -437,6 +505,7 @@ impl Drop for DiskQueue {
             if let Some(zoned) = &was.zoned {
                 zoned.mirror.zones.leave(zoned.ticket);
             }
+            uncount(&self.shared, &was);
             self.disk.gate.leave();
         }
     }
@@ -461,7 +530,12 @@ impl ImageQueue for Gone {
 }
 
 /// A request has ended.
-fn ended(disk: &LiveDisk, was: Inside, result: Result<()>, done: &mut dyn FnMut(u64, Result<()>)) {
+fn ended(
+    (disk, shared): (&LiveDisk, &QueueShared),
+    was: Inside,
+    result: Result<()>,
+    done: &mut dyn FnMut(u64, Result<()>),
+) {
     // The order matters: the change is marked before its range is let go (whoever has it next
     // relies on the zone), before the request leaves the gate (a closed and drained gate means that
     // the bitmap is complete) and before the guest hears of it (what the guest knows to be written
@@ -483,6 +557,8 @@ fn ended(disk: &LiveDisk, was: Inside, result: Result<()>, done: &mut dyn FnMut(
             }
         }
     }
+    // After it is marked: a claim relies on the marks of all that has ended.
+    uncount(shared, &was);
     count(disk, &was);
     if let Err(seen) = &result {
         disk.observe_failure(was.op, seen);
@@ -491,8 +567,23 @@ fn ended(disk: &LiveDisk, was: Inside, result: Result<()>, done: &mut dyn FnMut(
     done(was.tag, result);
 }
 
+fn uncount(shared: &QueueShared, was: &Inside) {
+    match &was.counted {
+        Counted::Not => {}
+        Counted::Plain => {
+            shared.plain.fetch_sub(1, Ordering::SeqCst);
+        }
+        Counted::By(claims) => claims.end(was.offset, was.len),
+    }
+}
+
 fn count(disk: &LiveDisk, was: &Inside) {
     let counters = &disk.counters;
+    if let Some(began) = was.began
+        && matches!(was.op, Operation::Read | Operation::Write)
+    {
+        disk.latency.took(began.elapsed());
+    }
     match was.op {
         Operation::Read => {
             counters.reads.fetch_add(1, Ordering::Relaxed);

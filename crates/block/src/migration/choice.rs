@@ -25,17 +25,33 @@ const LEAST_TIME: Duration = Duration::from_millis(200);
 pub(crate) struct Judge {
     began: Instant,
     planned: u64,
+    /// What was copied and what was dirty when it began.
+    before: (u64, u64),
 }
 
 impl Judge {
     /// Of a pass over `planned` bytes.
     pub(crate) fn new(began: Instant, planned: u64) -> Self {
-        Self { began, planned }
+        Self {
+            began,
+            planned,
+            before: (0, 0),
+        }
+    }
+
+    /// Begins anew, after a time in which nothing was copied.
+    pub(crate) fn anew(&mut self, now: Instant, copied: u64, dirty: u64) {
+        self.began = now;
+        self.before = (copied, dirty);
     }
 
     /// Why to give up the passes, if there is a reason: `copied` bytes are copied by now, and
     /// `dirty` ones are dirty.
     pub(crate) fn look(&self, now: Instant, copied: u64, dirty: u64) -> Option<MethodReason> {
+        let (copied, dirty) = (
+            copied.saturating_sub(self.before.0),
+            dirty.saturating_sub(self.before.1),
+        );
         let time = now.saturating_duration_since(self.began);
         let enough = u128::from(self.planned) * u128::from(LEAST_PERCENT) / 100;
         if time < LEAST_TIME || u128::from(copied) < enough || copied == 0 {
@@ -72,6 +88,18 @@ mod tests {
                 copy_rate: 100 * MIB,
             })
         );
+    }
+
+    #[test]
+    fn what_was_written_while_nothing_was_copied_does_not_count() {
+        let began = Instant::now();
+        let mut judge = Judge::new(began, 1000 * MIB);
+        let at = |ms| began + Duration::from_millis(ms);
+        assert!(judge.look(at(9000), 100 * MIB, 900 * MIB).is_some());
+        judge.anew(at(9000), 100 * MIB, 900 * MIB);
+        assert_eq!(judge.look(at(9100), 160 * MIB, 960 * MIB), None);
+        assert_eq!(judge.look(at(9500), 200 * MIB, 925 * MIB), None);
+        assert!(judge.look(at(9500), 200 * MIB, 926 * MIB).is_some());
     }
 
     #[test]

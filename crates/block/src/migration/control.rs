@@ -5,10 +5,11 @@
 //! one comes first, and of "cancelled" and "asked" too. The lock is a leaf: nothing is called while
 //! it is held.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use strake_api::job::{JobId, MigrationStatus, Stage};
+use strake_api::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus, Progress, Stage};
 
 use crate::Event;
 
@@ -24,12 +25,21 @@ pub(crate) struct Control {
     state: Mutex<State>,
     changed: Condvar,
     status: Mutex<MigrationStatus>,
+    limits: Mutex<MigrationLimits>,
+    /// Grows with each change of the limits, so that the copier need not look at them all the time.
+    changes: AtomicU32,
     began: Instant,
 }
 
 #[derive(Debug, Default)]
 struct State {
     cancelled: bool,
+    /// It is to be taken up again later.
+    interrupted: bool,
+    /// Nothing is to be copied and no gate to be closed.
+    paused: bool,
+    /// How often that was asked for.
+    pauses: u32,
     /// The daemon was asked; from now on only its answer counts.
     asked: bool,
     /// What it was asked.
@@ -60,6 +70,8 @@ pub(crate) enum Ask {
     /// From now on only the daemon decides, and the gate stays closed until it has.
     Asked,
     Cancelled,
+    /// The job was paused.
+    Paused,
     /// The gate was opened: the destination may lack something again.
     TooLate,
 }
@@ -76,7 +88,8 @@ pub(crate) enum Due {
 /// Why the guard opens a gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Overdue {
-    Cancelled,
+    /// The job was cancelled or paused.
+    Asked,
     TooLong,
 }
 
@@ -85,8 +98,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Control {
-    pub(crate) fn new(event: Arc<Event>, status: MigrationStatus) -> Self {
+    pub(crate) fn new(event: Arc<Event>, status: MigrationStatus, limits: MigrationLimits) -> Self {
         Self {
+            limits: Mutex::new(limits),
+            changes: AtomicU32::new(0),
             event,
             job: status.job.clone(),
             state: Mutex::new(State::default()),
@@ -100,6 +115,9 @@ impl Control {
         let mut status = lock(&self.status).clone();
         if !status.phase.is_final() {
             status.elapsed_ms = self.elapsed_ms();
+            if self.is_paused() {
+                status.progress = Progress::Paused;
+            }
         }
         status
     }
@@ -128,15 +146,84 @@ impl Control {
         true
     }
 
+    /// As if cancelled, but it may be taken up again; false if the daemon was already asked.
+    pub(crate) fn interrupt(&self) -> bool {
+        lock(&self.state).interrupted = true;
+        self.cancel()
+    }
+
+    pub(crate) fn is_interrupted(&self) -> bool {
+        lock(&self.state).interrupted
+    }
+
     pub(crate) fn is_cancelled(&self) -> bool {
         lock(&self.state).cancelled
     }
 
-    /// Waits until the job is cancelled, for `limit` at most.
+    /// Lets the job rest; false if the daemon was already asked.
+    pub(crate) fn pause(&self) -> bool {
+        {
+            let mut state = lock(&self.state);
+            if state.asked && !state.ended {
+                return false;
+            }
+            if !state.paused {
+                state.paused = true;
+                state.pauses = state.pauses.wrapping_add(1);
+            }
+            self.changed.notify_all();
+        }
+        self.event.signal();
+        true
+    }
+
+    /// Lets it go on.
+    pub(crate) fn resume(&self) {
+        {
+            lock(&self.state).paused = false;
+            self.changed.notify_all();
+        }
+        self.event.signal();
+    }
+
+    pub(crate) fn is_paused(&self) -> bool {
+        lock(&self.state).paused
+    }
+
+    /// How often it was paused.
+    pub(crate) fn pauses(&self) -> u32 {
+        lock(&self.state).pauses
+    }
+
+    /// Waits for as long as the job is paused and not cancelled.
+    pub(crate) fn stay(&self) {
+        let mut state = lock(&self.state);
+        while state.paused && !state.cancelled {
+            state = self.wait(state);
+        }
+    }
+
+    /// The limits as they are now.
+    pub(crate) fn limits(&self) -> MigrationLimits {
+        lock(&self.limits).clone()
+    }
+
+    /// How often the limits were changed.
+    pub(crate) fn changes(&self) -> u32 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set(&self, change: &LimitsChange) {
+        change.apply(&mut lock(&self.limits));
+        self.changes.fetch_add(1, Ordering::Release);
+        self.event.signal();
+    }
+
+    /// Waits until the job is cancelled or paused, for `limit` at most.
     pub(crate) fn rest(&self, limit: Duration) {
         let end = Instant::now() + limit;
         let mut state = lock(&self.state);
-        while !state.cancelled {
+        while !state.cancelled && !state.paused {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
@@ -150,6 +237,9 @@ impl Control {
         let mut state = lock(&self.state);
         if state.cancelled {
             return Ask::Cancelled;
+        }
+        if state.paused {
+            return Ask::Paused;
         }
         if !matches!(state.gate, Gate::Closed { .. }) {
             return Ask::TooLate;
@@ -249,10 +339,11 @@ impl Control {
                 }
             };
             let left = until.saturating_duration_since(Instant::now());
-            if state.cancelled || left.is_zero() {
+            let asked = state.cancelled || state.paused;
+            if asked || left.is_zero() {
                 state.gate = Gate::Opening;
-                let why = if state.cancelled {
-                    Overdue::Cancelled
+                let why = if asked {
+                    Overdue::Asked
                 } else {
                     Overdue::TooLong
                 };
@@ -307,26 +398,12 @@ impl Control {
 
 #[cfg(test)]
 mod tests {
-    use strake_api::job::Phase;
-
     use super::*;
 
     fn control() -> Control {
-        let status = MigrationStatus {
-            job: JobId("job-1".into()),
-            disk: "root".into(),
-            phase: Phase::Copying,
-            size_bytes: 512,
-            passes: Vec::new(),
-            throughput: 0,
-            expected_pause_ms: None,
-            pause_ms: None,
-            elapsed_ms: 0,
-            method: None,
-            overlay: None,
-            failure: None,
-        };
-        Control::new(Arc::new(Event::new().unwrap()), status)
+        let status = MigrationStatus::new(JobId("job-1".into()), "root".into(), 512);
+        let event = Arc::new(Event::new().unwrap());
+        Control::new(event, status, MigrationLimits::default())
     }
 
     fn closed() -> Control {
@@ -391,5 +468,20 @@ mod tests {
         assert_eq!(control.question(), Some(Stage::Destination));
         control.decide(Stage::Destination, false);
         assert!(!control.decision());
+    }
+
+    #[test]
+    fn a_pause_that_was_granted_keeps_the_question_from_being_put() {
+        let control = closed();
+        assert!(control.pause());
+        assert_eq!(control.ask(Stage::Destination), Ask::Paused);
+        // The guest does not wait for a job that rests.
+        assert!(matches!(control.due(), Some(Due::Open(Overdue::Asked, _))));
+        control.gate_opened();
+        control.resume();
+        let now = Instant::now();
+        control.gate_closed(now, now + Duration::from_secs(60));
+        assert_eq!(control.ask(Stage::Destination), Ask::Asked);
+        assert!(!control.pause(), "the daemon decides by now");
     }
 }

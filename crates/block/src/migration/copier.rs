@@ -7,6 +7,7 @@
 //! Where the time goes inside the pause is here too: then nothing else uses the devices, and the
 //! chunks are small and scattered, so more of them are on their way.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,40 +30,54 @@ const ZERO_BYTES: u64 = 64 * 1024;
 /// cancellations wake it; this bounds the harm of a wake-up that got lost.
 const LOOK_AROUND: Duration = Duration::from_millis(50);
 
-/// How often the copier looks whether a starved guest has been served.
+/// How often the copier looks around while it gives way to the guest, whose requests do not wake it.
 const STANDING: Duration = Duration::from_millis(1);
 
-/// How much may be on its way at once.
+/// Whom a copy has to consider.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Room {
-    /// Two chunks: one is read while one is written. More made a paced guest wait and the copy
-    /// hardly faster.
+    /// The guest, as `neighbour.rs` says.
     BesideGuest,
-    /// The guest has done nothing for a while. What it does next waits for this much at most.
-    IdleGuest,
-    /// The guest has requests of which none ended for a while: nothing is started.
-    StarvedGuest,
     /// The guest writes faster than we copy: now it has to give way, but goes on.
     Pressing,
     /// The guest waits for us.
     Alone,
 }
 
-impl Room {
-    fn bytes(self) -> u64 {
-        match self {
-            Self::StarvedGuest => 0,
-            Self::BesideGuest => 2 * CHUNK_BYTES,
-            Self::IdleGuest | Self::Pressing => 6 * CHUNK_BYTES,
-            Self::Alone => 16 * CHUNK_BYTES,
+/// What may be on its way at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Allowance {
+    /// Bytes. None means that nothing is started.
+    pub(crate) bytes: u64,
+    /// Chunks.
+    pub(crate) slots: usize,
+    /// Bytes of one chunk.
+    pub(crate) chunk: u64,
+}
+
+impl Allowance {
+    /// Nothing starts: the guest comes first, or the job rests.
+    pub(crate) const NOTHING: Self = Self {
+        bytes: 0,
+        slots: 0,
+        chunk: CHUNK_BYTES,
+    };
+
+    /// What a copy has that need not consider the guest.
+    pub(crate) fn regardless(room: Room) -> Self {
+        let chunks = match room {
+            Room::BesideGuest | Room::Pressing => 6,
+            Room::Alone => 16,
+        };
+        Self {
+            bytes: chunks * CHUNK_BYTES,
+            slots: SLOTS,
+            chunk: CHUNK_BYTES,
         }
     }
 
-    fn slots(self) -> usize {
-        match self {
-            Self::BesideGuest | Self::IdleGuest | Self::StarvedGuest => 16,
-            Self::Pressing | Self::Alone => SLOTS,
-        }
+    fn stands(&self) -> bool {
+        self.bytes == 0
     }
 }
 
@@ -77,6 +92,8 @@ pub(crate) enum Stop {
     Unmirrored,
     /// There is a better way to copy the rest of the plan.
     Enough,
+    /// The job was paused and the rest of the plan is made anew afterwards.
+    Paused,
     /// A device failed.
     Failed(Observation),
 }
@@ -87,17 +104,28 @@ impl From<Observation> for Stop {
     }
 }
 
+/// See [`Run::keep`].
+pub(crate) type Settled<'a> = &'a dyn Fn(&Range<u64>) -> bool;
+
 /// How to run one copy.
 pub(crate) struct Run<'a> {
     pub(crate) plan: &'a mut dyn Plan,
     /// Whether zeroes need not be written because the destination has them.
     pub(crate) fresh: Fresh,
-    pub(crate) room: &'a mut dyn FnMut(Instant) -> Room,
+    pub(crate) room: &'a mut dyn FnMut(Instant) -> Allowance,
     pub(crate) pace: &'a mut Pace,
+    /// Sets the pace anew if somebody has changed the limits.
+    pub(crate) tune: &'a mut dyn FnMut(&mut Pace),
     /// No chunk is started after this.
     pub(crate) deadline: Option<Instant>,
     /// The zones of the mirror that it is a part of: each chunk waits for its turn there.
     pub(crate) zones: Option<&'a Zones<Event>>,
+    /// Whether the job rests: then nobody but whoever lets it go on has to be looked for.
+    pub(crate) rests: &'a dyn Fn() -> bool,
+    /// Called again and again while nothing has failed, with a look at what is settled: of the range
+    /// nothing is on its way, and nothing that is to be copied has not been planned, but for what the
+    /// bitmap marks.
+    pub(crate) keep: &'a mut dyn FnMut(Instant, Settled<'_>),
     /// Why to start nothing more, if there is a reason.
     pub(crate) interrupt: &'a mut dyn FnMut(Tally) -> Option<Stop>,
     /// Called again and again, several times a second at least.
@@ -140,6 +168,8 @@ struct Slot {
     doing: Doing,
     offset: u64,
     len: u64,
+    /// Of the disk: more than `len` where nothing is read.
+    covers: u64,
     /// How much of it had to be copied.
     wanted: u64,
     /// Requests at the destination that have not ended.
@@ -153,6 +183,8 @@ struct Slot {
 struct Finished {
     bytes: u64,
     wanted: u64,
+    /// Requests that ended or began beyond the two of each chunk.
+    extra: u64,
 }
 
 impl Finished {
@@ -173,6 +205,12 @@ enum Doing {
 }
 
 impl Slot {
+    fn touches(&self, range: &Range<u64>) -> bool {
+        self.doing != Doing::Nothing
+            && self.offset < range.end
+            && range.start < self.offset + self.covers
+    }
+
     fn end(&mut self, zones: Option<&Zones<Event>>) {
         self.doing = Doing::Nothing;
         if let (Some(ticket), Some(zones)) = (self.ticket.take(), zones) {
@@ -216,6 +254,7 @@ impl Copier {
                     doing: Doing::Nothing,
                     offset: 0,
                     len: 0,
+                    covers: 0,
                     wanted: 0,
                     pending: 0,
                     ticket: None,
@@ -238,10 +277,17 @@ impl Copier {
                 stop = (run.interrupt)(tally);
             }
             outstanding -= self.turns(run.zones, &mut stop);
+            if stop.is_none() {
+                let frontier = run.plan.frontier();
+                (run.keep)(now, &|range| {
+                    range.end <= frontier && !self.slots.iter().any(|slot| slot.touches(range))
+                });
+            }
             let mut held_back = None;
+            (run.tune)(run.pace);
             let room = (run.room)(now);
-            while stop.is_none() && !complete && outstanding < room.bytes() {
-                let mut slots = self.slots.iter().take(room.slots());
+            while stop.is_none() && !complete && outstanding < room.bytes {
+                let mut slots = self.slots.iter().take(room.slots);
                 let Some(slot) = slots.position(|it| it.doing == Doing::Nothing) else {
                     break;
                 };
@@ -253,9 +299,10 @@ impl Copier {
                 if held_back.is_some() {
                     break;
                 }
-                match run.plan.next() {
+                match run.plan.next(room.chunk) {
                     Ok(Some(chunk)) => {
                         run.pace.start(now, chunk.len());
+                        run.pace.request(now, 2);
                         match self.start(slot, chunk, run.zones) {
                             Some(started) => outstanding += started,
                             None => stop = Some(Stop::Unmirrored),
@@ -273,10 +320,10 @@ impl Copier {
                 // A broken ring: what is in flight may never come back. Dropping us waits for it.
                 return Err(Stop::Failed(seen));
             }
-            let wait = match room {
-                // The guest's requests do not wake us.
-                Room::StarvedGuest => STANDING,
-                _ => held_back.unwrap_or(LOOK_AROUND).min(LOOK_AROUND),
+            let wait = match room.stands() {
+                true if (run.rests)() => LOOK_AROUND,
+                true => STANDING,
+                false => held_back.unwrap_or(LOOK_AROUND).min(LOOK_AROUND),
             };
             let _ = self.event.wait(wait);
             self.event.clear();
@@ -286,13 +333,16 @@ impl Copier {
             if ended.bytes > 0 {
                 run.pace.copied(now - last, ended.wanted);
             }
+            if ended.extra > 0 {
+                run.pace.request(now, ended.extra);
+            }
             (run.progress)(Progress {
                 tally,
                 arrived: ended.bytes,
                 speed: run.pace.throughput(),
             });
             // Time in which the rate limit or the guest let nothing happen is not copying time.
-            let standing = held_back.is_some() || room == Room::StarvedGuest;
+            let standing = held_back.is_some() || room.stands();
             if ended.bytes > 0 || (standing && outstanding == 0) {
                 last = now;
             }
@@ -339,6 +389,7 @@ impl Copier {
             } => {
                 let len = len.min(CHUNK_BYTES);
                 (slot.offset, slot.len, slot.wanted) = (offset, len, wanted);
+                slot.covers = len;
                 match zones.map(|zones| (zones, zones.enter(offset, len, &self.event))) {
                     None => slot.read(tag, self.source.as_mut()),
                     Some((zones, Turn::Now(ticket))) => {
@@ -359,6 +410,7 @@ impl Copier {
                 slot.pending = 1;
                 // It moves no data, so it takes no room.
                 (slot.offset, slot.len, slot.wanted) = (offset, 0, 0);
+                slot.covers = len;
                 self.destination.submit(Request {
                     tag,
                     op: Operation::WriteZeroes { len, unmap: true },
@@ -433,6 +485,7 @@ impl Copier {
                 }
                 Err(seen) => fail(seen),
             }
+            finished.extra += u64::from(slot.pending.saturating_sub(1));
             if slot.pending == 0 {
                 finished.add(slot, zones);
             } else {

@@ -14,13 +14,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strake_api::job::{JobId, MigrationLimits, Phase, Stage};
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase, Stage};
 use strake_observe::{Because, Observation, OsContext, Result, Task};
 
 use super::control::{Ask, Control};
 use super::pause::{Guard, Opener, Pause};
 use super::switch::LOOK_FOR_DAEMON;
-use super::{Migration, SwitchHooks, begun};
+use super::{Migration, SwitchHooks};
 use crate::{
     Access, AlreadyMigrating, CommitRefused, CoverFailed, DestinationTooSmall, Event, Image,
     LiveDisk, PauseTooLong, ReadOnlyDisk,
@@ -110,7 +110,12 @@ impl Migration {
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
     ) -> Result<Arc<Self>> {
-        let control = Arc::new(Control::new(Arc::new(Event::new()?), begun(disk, job)));
+        let status = MigrationStatus::new(job.clone(), disk.name().to_owned(), disk.size());
+        let control = Arc::new(Control::new(
+            Arc::new(Event::new()?),
+            status,
+            limits.clone(),
+        ));
         let opener = Opener::new(disk, &hooks, &control, limits.suspend);
         let cover = Cover {
             source: disk.image(),
@@ -196,6 +201,10 @@ impl Cover {
             if self.control.is_cancelled() {
                 return Err(End::Cancelled);
             }
+            if self.control.is_paused() {
+                self.control.stay();
+                continue;
+            }
             // The guest does not wait for a daemon that is not there.
             if !self.hooks.can_ask() {
                 self.control.rest(LOOK_FOR_DAEMON);
@@ -204,7 +213,7 @@ impl Cover {
             if self.switch(&image)? {
                 return Ok(());
             }
-            attempts += 1;
+            attempts += u32::from(!self.control.is_paused());
             if attempts >= ATTEMPTS {
                 let took = self.control.status().pause_ms.unwrap_or(0.0) / 1000.0;
                 let took = Duration::try_from_secs_f64(took).unwrap_or(Duration::MAX);
@@ -236,7 +245,7 @@ impl Cover {
         match self.control.ask(Stage::Destination) {
             Ask::Asked => {}
             Ask::Cancelled => return Err(End::Cancelled),
-            Ask::TooLate => {
+            Ask::TooLate | Ask::Paused => {
                 pause.end();
                 return Ok(false);
             }

@@ -25,6 +25,8 @@
 //!
 //! [`Pause`]: super::pause::Pause
 
+use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,17 +38,20 @@ use strake_observe::{Observation, Result, Task};
 use super::SwitchHooks;
 use super::choice::Judge;
 use super::control::Control;
-use super::copier::{Copier, Progress, Room, Run, Stop, Tally};
+use super::copier::{Allowance, Copier, Progress, Room, Run, Settled, Stop, Tally};
 use super::journal::{Durable, Journal};
+use super::kept::{self, Keeper, Known};
+use super::neighbour::Neighbour;
 use super::overlay::{Overlay, covered_bytes};
-use super::pace::{Meter, Pace, Usage, Watch};
+use super::pace::{Meter, Pace};
 use super::passes::Passes;
 use super::pause::{Guard, Opener};
-use super::plan::{FirstPass, Fresh, Of, Plan, allocated_bytes};
+use super::plan::{CHUNK_BYTES, FirstPass, Fresh, Of, Plan, allocated_bytes};
 use super::snapshot::Cap;
 use crate::live::Mirror;
 use crate::{
-    Delta, DestinationRemoved, DirtyBitmap, Image, LeftOnOverlay, LiveDisk, MigrationFailed,
+    BLOCK_BYTES, Delta, DestinationRemoved, DirtyBitmap, Image, LeftOnOverlay, LiveDisk,
+    MigrationFailed,
 };
 
 /// How often the expected pause is told during a pass: it takes a look at the whole bitmap.
@@ -68,6 +73,7 @@ pub(crate) struct Job {
     /// What the daemon is asked at the switch-over.
     pub(super) stage: Stage,
     pub(super) journal: Journal,
+    /// As they were when it last looked; what needs them at once asks `control`.
     pub(super) limits: MigrationLimits,
     pub(super) hooks: Arc<dyn SwitchHooks>,
     pub(super) control: Arc<Control>,
@@ -77,8 +83,17 @@ pub(crate) struct Job {
     pub(super) copier: Copier,
     pub(super) pace: Pace,
     meter: Meter,
+    /// Where to keep that, until it is begun.
+    pub(super) kept: Option<File>,
+    /// Keeps what is needed to take the job up again, if it is to be.
+    pub(super) keeper: Option<Keeper>,
+    /// What an earlier run has copied.
+    pub(super) known: Known,
+    neighbour: Neighbour,
     pub(super) opener: Opener,
     guard: Guard,
+    /// How often the limits had changed when it last looked.
+    changes: u32,
     /// Whether the switch-over is prepared.
     ready: bool,
     /// How many of the passes do not count towards the limit: all until a daemon was last waited
@@ -104,7 +119,9 @@ impl From<Stop> for End {
     fn from(stop: Stop) -> Self {
         match stop {
             // The others come only from copies whose caller looks for them.
-            Stop::Cancelled | Stop::Late | Stop::Unmirrored | Stop::Enough => Self::Cancelled,
+            Stop::Cancelled | Stop::Late | Stop::Unmirrored | Stop::Enough | Stop::Paused => {
+                Self::Cancelled
+            }
             Stop::Failed(seen) => Self::Failed(seen),
         }
     }
@@ -121,7 +138,7 @@ pub(super) struct How<'a> {
     /// Watches an overlay, and ends it if that gets too large.
     pub(super) cap: Option<&'a mut Cap>,
     /// Says whether to go on with it, and where to leave why not.
-    pub(super) judge: Option<(&'a Judge, &'a mut Option<MethodReason>)>,
+    pub(super) judge: Option<(&'a mut Judge, &'a mut Option<MethodReason>)>,
 }
 
 impl How<'_> {
@@ -144,7 +161,6 @@ impl Job {
         source: Arc<dyn Image>,
         destination: Arc<dyn Image>,
         journal: Journal,
-        limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
         control: Arc<Control>,
     ) -> Result<Self> {
@@ -154,9 +170,12 @@ impl Job {
             Arc::clone(&control.event),
         )?;
         let size = disk.size();
+        let limits = control.limits();
+        let now = Instant::now();
         let opener = Opener::new(&disk, &hooks, &control, limits.suspend);
+        let bitmap = Arc::new(DirtyBitmap::new(size)?);
+        let recent = DirtyBitmap::new(size)?;
         Ok(Self {
-            disk,
             names: (source.path().to_owned(), destination.path().to_owned()),
             source,
             destination,
@@ -164,16 +183,22 @@ impl Job {
             delta: None,
             stage: Stage::Destination,
             journal,
-            pace: Pace::new(limits.bytes_per_second),
-            meter: Meter::new(Instant::now()),
+            pace: Pace::new(limits.bytes_per_second, limits.iops),
+            meter: Meter::new(now),
+            kept: None,
+            keeper: None,
+            known: Known::default(),
+            neighbour: Neighbour::new(now, limits.latency, disk.latency()),
             guard: Guard::start(opener.clone())?,
             opener,
             limits,
             hooks,
             control,
-            bitmap: Arc::new(DirtyBitmap::new(size)?),
-            recent: DirtyBitmap::new(size)?,
+            bitmap,
+            recent,
             copier,
+            disk,
+            changes: 0,
             ready: false,
             uncounted: 0,
             flush: Duration::ZERO,
@@ -199,6 +224,9 @@ impl Job {
         });
         let (phase, failure) = match end {
             Ok(()) => (Phase::Completed, None),
+            Err(End::Cancelled) if self.control.is_interrupted() && self.keeper.is_some() => {
+                (Phase::Interrupted, None)
+            }
             Err(End::Cancelled) => (Phase::Cancelled, left.map(Observation::from)),
             Err(End::Failed(cause)) => {
                 let mut task = Task::begin("migrate a disk");
@@ -215,6 +243,13 @@ impl Job {
                 (Phase::Failed, Some(failure))
             }
         };
+        if let Some(mut keeper) = self.keeper.take() {
+            match phase {
+                Phase::Interrupted => keeper.leave(),
+                // Nobody may take it up again once the guest goes on without it.
+                _ => keeper.close(),
+            }
+        }
         // The journal only helps whoever cleans up: that it cannot be written ends nothing here.
         if let Err(seen) = self.journal.reach(phase, Durable::Now) {
             let mut task = Task::begin("note a migration's end in its journal");
@@ -247,6 +282,7 @@ impl Job {
 
     fn migrate(&mut self) -> Result<(), End> {
         self.journal.begin()?;
+        self.keep()?;
         self.still_there()?;
         self.journal.reach(Phase::Copying, Durable::Now)?;
         self.control.update(|status| status.phase = Phase::Copying);
@@ -271,7 +307,8 @@ impl Job {
                 Of::Layer(overlay)
             }
         };
-        let mut first = FirstPass::new(of, Arc::clone(&self.bitmap), self.disk.size());
+        let first = FirstPass::new(of, Arc::clone(&self.bitmap), self.disk.size());
+        let mut first = first.without(&self.known);
         let why = match self.limits.method {
             Method::Mirror => MethodReason::Asked,
             Method::Snapshot => return self.by_snapshot(&mut first, fresh, MethodReason::Asked),
@@ -310,10 +347,45 @@ impl Job {
         if fresh == Fresh::No {
             self.pass(&mut first, How::usual(0, Room::BesideGuest))?;
         } else {
-            let chunk = first.next()?;
+            let chunk = first.next(CHUNK_BYTES)?;
             debug_assert!(chunk.is_none(), "a chunk of a pass that only marks");
         }
         self.mirror(why)
+    }
+
+    /// From now on a crash loses little of the work, if anything is to be kept.
+    fn keep(&mut self) -> Result<()> {
+        if let Some(file) = self.kept.take() {
+            self.keeper = Some(self.keeper(file)?);
+        }
+        Ok(())
+    }
+
+    fn keeper(&self, file: File) -> Result<Keeper> {
+        Keeper::start(
+            &self.disk,
+            (&self.source, &self.destination),
+            file,
+            (&self.control.job, &self.known),
+            &self.control.event,
+        )
+    }
+
+    /// Takes up what an earlier run has left in `file`. Before the guest does anything: from then on its
+    /// changes go by what the file claims.
+    pub(super) fn again(&mut self, file: File) -> Result<()> {
+        self.known = kept::read(&file, &self.control.job, self.disk.size())?;
+        self.disk.begin_tracking(Arc::clone(&self.bitmap));
+        match self.keeper(file) {
+            Ok(keeper) => {
+                self.keeper = Some(keeper);
+                Ok(())
+            }
+            Err(seen) => {
+                self.disk.end_tracking();
+                Err(seen)
+            }
+        }
     }
 
     /// What was there before is done: the next switch-over is about something else. What it
@@ -358,12 +430,21 @@ impl Job {
         });
         let elapsed_ms = || u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (bitmap, flush) = (Arc::clone(&self.bitmap), self.flush);
+        // Inside the pause of the switch-over the guard and the question look after it.
+        let may_rest = room != Room::Alone;
+        let rests = || may_rest && control.is_paused();
+        let mut rested = false;
         let mut interrupt = |tally: Tally| {
             if control.is_cancelled() {
                 return Some(Stop::Cancelled);
             }
             if mirror.is_some_and(|mirror| !mirror.is_on()) {
                 return Some(Stop::Unmirrored);
+            }
+            if rests() {
+                rested = true;
+                // A mirroring ends; other plans stay where they are.
+                return mirror.map(|_| Stop::Paused);
             }
             if let Some(cap) = cap.as_mut()
                 && let Some((bytes, full)) = cap.look(control.status().throughput)
@@ -378,10 +459,23 @@ impl Job {
                 }
             }
             let (judge, why) = judge.as_mut()?;
+            if std::mem::take(&mut rested) {
+                judge.anew(Instant::now(), tally.read, bitmap.marked_bytes());
+            }
             **why = judge.look(Instant::now(), tally.read, bitmap.marked_bytes());
             why.is_some().then_some(Stop::Enough)
         };
         let meter = &mut self.meter;
+        let keeper = std::cell::RefCell::new(&mut self.keeper);
+        let mut keep = |now, settled: Settled<'_>| {
+            if let Some(keeper) = keeper.borrow_mut().as_mut() {
+                keeper.look(now, &mut |range: Range<u64>| {
+                    let marked = bitmap.next_marked(range.start / BLOCK_BYTES);
+                    settled(&range) && marked.is_none_or(|block| block * BLOCK_BYTES >= range.end)
+                });
+            }
+        };
+        let neighbour = std::cell::RefCell::new(&mut self.neighbour);
         let mut told = None;
         let mut progress = |progress: Progress| {
             let now = Instant::now();
@@ -392,8 +486,13 @@ impl Job {
                 told = Some(now);
                 pause_for(bitmap.marked_bytes(), progress.speed, flush)
             });
+            let kept = due.then(|| keeper.borrow().as_ref().map(Keeper::claimed_bytes));
             control.update(|status| {
+                if let Some(kept) = kept {
+                    status.kept_bytes = kept;
+                }
                 status.throughput = throughput;
+                status.latency = neighbour.borrow().seen().map(Box::new);
                 if let Some(expected) = expected {
                     status.expected_pause_ms = Some(expected.as_secs_f64() * 1000.0);
                 }
@@ -404,26 +503,43 @@ impl Job {
             });
         };
         // Inside the pause the limit would only make the guest wait longer.
-        let mut unlimited = Pace::new(None);
+        let mut unlimited = Pace::new(None, None);
         let pace = match room {
             Room::Alone => &mut unlimited,
             _ => &mut self.pace,
         };
+        let mut known = control.changes();
+        let mut tune = |pace: &mut Pace| {
+            if room != Room::Alone && control.changes() != known {
+                known = control.changes();
+                let limits = control.limits();
+                pace.set(limits.bytes_per_second, limits.iops);
+                neighbour.borrow_mut().aim(limits.latency);
+            }
+        };
         let disk = &self.disk;
-        let mut watch = Watch::new(began);
-        let mut room = |now| match room {
-            Room::BesideGuest => match watch.look(now, disk.activity()) {
-                Usage::Busy => Room::BesideGuest,
-                Usage::Idle => Room::IdleGuest,
-                Usage::Starved => Room::StarvedGuest,
-            },
-            room => room,
+        neighbour.borrow_mut().begin(began, disk.measured());
+        let mut room = |now| {
+            if rests() {
+                neighbour.borrow_mut().begin(now, disk.measured());
+                return Allowance::NOTHING;
+            }
+            match room {
+                Room::BesideGuest => {
+                    let mut neighbour = neighbour.borrow_mut();
+                    neighbour.look(now, disk.activity(), disk.measured())
+                }
+                room => Allowance::regardless(room),
+            }
         };
         let result = self.copier.run(Run {
             plan,
             fresh,
             room: &mut room,
             pace,
+            tune: &mut tune,
+            rests: &rests,
+            keep: &mut keep,
             deadline,
             zones: mirror.map(|mirror| &mirror.zones),
             interrupt: &mut interrupt,
@@ -455,17 +571,43 @@ impl Job {
     pub(super) fn planned(&self) -> Result<u64> {
         let size = self.disk.size();
         match &self.overlay {
-            None => allocated_bytes(self.source.as_ref(), size),
+            None => allocated_bytes(self.source.as_ref(), size, &self.known),
             Some(overlay) => covered_bytes(overlay.as_ref(), size),
         }
     }
 
-    pub(super) fn go_on(&self) -> Result<(), End> {
+    /// Whether there is a reason to go on; waits for as long as the job is paused.
+    pub(super) fn go_on(&mut self) -> Result<(), End> {
+        self.control.stay();
+        self.look_around()
+    }
+
+    /// The same without waiting.
+    pub(super) fn look_around(&mut self) -> Result<(), End> {
         if self.control.is_cancelled() {
             return Err(End::Cancelled);
         }
+        if let Some(seen) = self.keeper.as_ref().and_then(Keeper::failure) {
+            return Err(seen.into());
+        }
+        self.look_at_limits();
         self.still_there()?;
         Ok(())
+    }
+
+    fn look_at_limits(&mut self) {
+        if self.control.changes() != self.changes {
+            self.changes = self.control.changes();
+            // A consolidation has its own method.
+            let method = self.limits.method;
+            self.limits = MigrationLimits {
+                method,
+                ..self.control.limits()
+            };
+            self.pace
+                .set(self.limits.bytes_per_second, self.limits.iops);
+            self.neighbour.aim(self.limits.latency);
+        }
     }
 
     pub(super) fn still_there(&self) -> Result<()> {

@@ -69,7 +69,7 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
-    /// A journal for an empty file, which is not touched yet.
+    /// A journal for a file that is empty or another run's, and not touched yet.
     pub(crate) fn new(file: impl Into<Option<File>>, record: Record) -> Self {
         Self {
             file: file.into(),
@@ -80,6 +80,11 @@ impl Journal {
 
     /// Writes what it begins with. Waits for the destination's store, as all that follows.
     pub(crate) fn begin(&mut self) -> Result<()> {
+        self.sequence = self
+            .file
+            .as_ref()
+            .and_then(|file| newest(file).ok())
+            .map_or(0, |(sequence, _)| sequence);
         // Both slots exist from the start, so that no later write has to find space.
         self.write(Durable::Later)?;
         self.write(Durable::Now)
@@ -120,17 +125,36 @@ impl Journal {
 /// # Errors
 /// When it cannot be read or holds no whole record.
 pub fn read(file: &mut File) -> Result<Record> {
-    let mut newest: Option<(u64, Record)> = None;
+    newest(file).map(|(_, record)| record)
+}
+
+fn newest(file: &File) -> Result<(u64, Record)> {
+    let (sequence, payload) = read_newest(file, MAGIC, SLOT_BYTES)?;
+    Ok((sequence, parse(&payload)?))
+}
+
+fn parse(payload: &[u8]) -> Result<Record> {
+    serde_json::from_slice(payload)
+        .map_err(|error| damaged(&format!("its record is not understood: {error}")))
+}
+
+/// The newest whole payload of two slots that are written in turn, and its sequence number.
+pub(super) fn read_newest(
+    file: &File,
+    magic: &[u8; 8],
+    slot_bytes: usize,
+) -> Result<(u64, Vec<u8>)> {
+    let mut newest: Option<(u64, Vec<u8>)> = None;
     let mut first_damage = None;
     for slot in 0..2u64 {
-        let mut bytes = vec![0u8; SLOT_BYTES];
-        let got = read_fully(file, &mut bytes, slot * SLOT_BYTES as u64)
+        let mut bytes = vec![0u8; slot_bytes];
+        let got = read_fully(file, &mut bytes, slot * slot_bytes as u64)
             .os("pread", "a migration's journal")?;
         bytes.truncate(got);
-        match decode(&bytes) {
-            Ok((sequence, record)) => {
+        match unframe(magic, &bytes) {
+            Ok((sequence, payload)) => {
                 if newest.as_ref().is_none_or(|(than, _)| sequence > *than) {
-                    newest = Some((sequence, record));
+                    newest = Some((sequence, payload.to_vec()));
                 }
             }
             Err(damage) => {
@@ -139,7 +163,7 @@ pub fn read(file: &mut File) -> Result<Record> {
         }
     }
     match (newest, first_damage) {
-        (Some((_, record)), _) => Ok(record),
+        (Some(newest), _) => Ok(newest),
         (None, Some(damage)) => Err(damage),
         (None, None) => Err(damaged("it is empty")),
     }
@@ -166,35 +190,56 @@ fn damaged(why: &str) -> strake_observe::Observation {
 }
 
 fn encode(record: &Record, sequence: u64) -> Option<Vec<u8>> {
-    let payload = serde_json::to_vec(record).ok()?;
-    if payload.len() > SLOT_BYTES - HEADER {
+    frame(
+        MAGIC,
+        &serde_json::to_vec(record).ok()?,
+        sequence,
+        SLOT_BYTES,
+    )
+}
+
+/// One slot; none if the payload does not fit.
+pub(super) fn frame(
+    magic: &[u8; 8],
+    payload: &[u8],
+    sequence: u64,
+    slot_bytes: usize,
+) -> Option<Vec<u8>> {
+    if payload.len() > slot_bytes - HEADER {
         return None;
     }
-    let mut slot = Vec::with_capacity(SLOT_BYTES);
-    slot.extend_from_slice(MAGIC);
+    let mut slot = Vec::with_capacity(slot_bytes);
+    slot.extend_from_slice(magic);
     slot.extend_from_slice(&VERSION.to_le_bytes());
     slot.extend_from_slice(&u32::try_from(payload.len()).ok()?.to_le_bytes());
     slot.extend_from_slice(&sequence.to_le_bytes());
-    let crc = crc32c(&[&slot, &payload]);
+    let crc = crc32c(&[&slot, payload]);
     slot.extend_from_slice(&crc.to_le_bytes());
     slot.extend_from_slice(&[0; 4]);
-    slot.extend_from_slice(&payload);
-    slot.resize(SLOT_BYTES, 0);
+    slot.extend_from_slice(payload);
+    slot.resize(slot_bytes, 0);
     Some(slot)
 }
 
 /// Reads one slot. Whatever the bytes are, the answer is a record or what is wrong with them.
-pub(crate) fn decode(slot: &[u8]) -> Result<(u64, Record)> {
+#[cfg(test)]
+fn decode(slot: &[u8]) -> Result<(u64, Record)> {
+    let (sequence, payload) = unframe(MAGIC, slot)?;
+    Ok((sequence, parse(payload)?))
+}
+
+/// The sequence number and the payload of one slot.
+fn unframe<'a>(magic: &[u8; 8], slot: &'a [u8]) -> Result<(u64, &'a [u8])> {
     let word = |at: usize| {
         let bytes = slot.get(at..at + 4)?;
         Some(u32::from_le_bytes(bytes.try_into().ok()?))
     };
-    let (Some(magic), Some(version), Some(len), Some(crc)) =
+    let (Some(found), Some(version), Some(len), Some(crc)) =
         (slot.get(..8), word(8), word(12), word(24))
     else {
         return Err(damaged("it is too short"));
     };
-    if magic != MAGIC {
+    if found != magic {
         return Err(damaged("it does not begin like one"));
     }
     let len = usize::try_from(len).unwrap_or(usize::MAX);
@@ -219,10 +264,7 @@ pub(crate) fn decode(slot: &[u8]) -> Result<(u64, Record)> {
         .get(16..24)
         .and_then(|bytes| bytes.try_into().ok())
         .map_or(0, u64::from_le_bytes);
-    match serde_json::from_slice(payload) {
-        Ok(record) => Ok((sequence, record)),
-        Err(error) => Err(damaged(&format!("its record is not understood: {error}"))),
-    }
+    Ok((sequence, payload))
 }
 
 fn crc32c(parts: &[&[u8]]) -> u32 {

@@ -75,6 +75,8 @@ enum Mirrored {
     Switched,
     /// By somebody else.
     Ended,
+    /// The job was paused.
+    Paused,
 }
 
 impl Job {
@@ -86,6 +88,8 @@ impl Job {
         let mut arrived = 0u64;
         let mut stalls = 0;
         while stalls < STALLS {
+            // Waits here, without a mirroring, for as long as the job is paused.
+            self.go_on()?;
             let began = Instant::now();
             let mirror = Mirror::new(
                 Arc::clone(&self.bitmap),
@@ -104,6 +108,7 @@ impl Job {
             });
             match end? {
                 Mirrored::Switched => return Ok(()),
+                Mirrored::Paused => {}
                 Mirrored::Ended => {
                     if let Some(seen) = mirror.failure() {
                         return Err(seen.into());
@@ -124,7 +129,10 @@ impl Job {
     fn mirrored(&mut self, mirror: &Arc<Mirror>, attempts: &mut Attempts) -> Result<Mirrored, End> {
         let mut sweeps = 0;
         loop {
-            self.go_on()?;
+            if self.control.is_paused() {
+                return Ok(Mirrored::Paused);
+            }
+            self.look_around()?;
             if !mirror.is_on() {
                 return Ok(Mirrored::Ended);
             }
@@ -152,11 +160,15 @@ impl Job {
             match self.switch(Some(mirror))? {
                 Switch::Done => return Ok(Mirrored::Switched),
                 Switch::TooLate(late) => attempts.missed(self, &late)?,
+                Switch::Paused => {}
                 // The guest goes on meanwhile, on both sides: nothing is to be caught up later.
                 Switch::NoDaemon => {
                     while mirror.is_on() && !self.hooks.can_ask() {
                         self.control.rest(LOOK_FOR_DAEMON);
-                        self.go_on()?;
+                        if self.control.is_paused() {
+                            break;
+                        }
+                        self.look_around()?;
                     }
                     self.uncounted = self.passes();
                 }
@@ -174,7 +186,7 @@ impl Job {
         };
         match self.pass(&mut plan, how) {
             // The next look at it says so.
-            Ok(()) | Err(Stop::Unmirrored) => Ok(()),
+            Ok(()) | Err(Stop::Unmirrored | Stop::Paused) => Ok(()),
             Err(stop) => Err(stop.into()),
         }
     }

@@ -32,8 +32,10 @@
 //! * `cover`: a snapshot, a switch-over without a copy.
 //! * `passes`, `mirroring`, `snapshot`: the methods; `choice`: when the first gives way to another;
 //!   `switch`: the switch-over; `overlay`: what `snapshot` and consolidations ask of an image's format.
-//! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `pause`: the scope in
-//!   which the guest waits; `control`: what the threads share; `journal`: the file.
+//! * `kept`: what a later run needs to go on.
+//! * `plan`: what a pass copies; `copier`: copying it; `pace`: how fast; `neighbour`: how much at once
+//!   beside the guest; `pause`: the scope in which the guest waits; `control`: what the threads share;
+//!   `journal`: the file.
 
 mod choice;
 mod control;
@@ -41,7 +43,9 @@ mod copier;
 mod cover;
 mod job;
 pub mod journal;
+mod kept;
 mod mirroring;
+mod neighbour;
 mod overlay;
 mod pace;
 mod passes;
@@ -54,7 +58,9 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
-use strake_api::job::{JobId, Method, MigrationLimits, MigrationStatus, Phase, Stage};
+use strake_api::job::{
+    JobId, LimitsChange, Method, MigrationLimits, MigrationStatus, Phase, Stage,
+};
 use strake_api::spec::MAX_DISK;
 use strake_observe::{Because, Observation, OsContext, Result};
 
@@ -65,7 +71,7 @@ use self::journal::{Journal, Record};
 pub use self::overlay::{Delta, Has, Overlay};
 use crate::{
     Access, AlreadyMigrating, CancelTooLate, DestinationTooSmall, DiskTooLarge, Event, Image,
-    LiveDisk, MigrationFailed, NoOverlay, ReadOnlyDisk,
+    LiveDisk, MigrationFailed, NoOverlay, PauseTooLate, ReadOnlyDisk,
 };
 
 /// What a migration asks of the machine and of the daemon. Called in the migration's own threads,
@@ -76,8 +82,8 @@ pub trait SwitchHooks: Send + Sync {
     /// `limit`: a guest of which some vCPUs stand already is waiting.
     ///
     /// # Errors
-    /// When the VM cannot be paused in time. It runs on then, the migration fails, and the disk
-    /// stays on its source.
+    /// When the VM cannot be paused in time. It runs on then, and the migration tries again, a few
+    /// times.
     fn suspend_vm(&self, limit: Duration) -> Result<()>;
 
     /// Lets the vCPUs run again, after a `suspend_vm` that succeeded, however the switch ended.
@@ -106,6 +112,17 @@ pub trait SwitchHooks: Send + Sync {
     fn ended(&self, status: &MigrationStatus);
 }
 
+/// Whether a job can be taken up again should its process die.
+#[derive(Debug)]
+pub enum Keep {
+    /// It cannot.
+    Nothing,
+    /// In this empty file, which should lie beside the source: the guest waits for it now and then.
+    In(File),
+    /// An earlier run has left this file.
+    Again(File),
+}
+
 /// What a job has to do with.
 struct To {
     destination: Arc<dyn Image>,
@@ -114,6 +131,7 @@ struct To {
     /// For method `snapshot`.
     delta: Option<Arc<dyn Delta>>,
     journal: Option<File>,
+    keep: Keep,
 }
 
 /// A migration.
@@ -138,11 +156,39 @@ impl Migration {
         limits: MigrationLimits,
         hooks: Arc<dyn SwitchHooks>,
     ) -> Result<Arc<Self>> {
+        Self::start_kept(
+            disk,
+            destination,
+            journal,
+            Keep::Nothing,
+            job,
+            limits,
+            hooks,
+        )
+    }
+
+    /// The same for a job that can be taken up again should this process or its host die: `keep` says
+    /// where that is kept, and whether an earlier run has left something there. What it left is believed:
+    /// the disk's image must be the source of that run, unchanged since, `destination` and `journal`
+    /// its files, and the guest must not have begun.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), and when what was left cannot be used.
+    pub fn start_kept(
+        disk: Arc<LiveDisk>,
+        destination: Arc<dyn Image>,
+        journal: File,
+        keep: Keep,
+        job: JobId,
+        limits: MigrationLimits,
+        hooks: Arc<dyn SwitchHooks>,
+    ) -> Result<Arc<Self>> {
         let to = To {
             destination,
             overlay: None,
             delta: None,
             journal: Some(journal),
+            keep,
         };
         Self::claim(&disk, to, job, limits, hooks)
     }
@@ -166,6 +212,7 @@ impl Migration {
             overlay: None,
             delta: Some(delta),
             journal: Some(journal),
+            keep: Keep::Nothing,
         };
         Self::claim(&disk, to, job, limits, hooks)
     }
@@ -193,6 +240,7 @@ impl Migration {
             overlay: Some(overlay),
             delta: None,
             journal: None,
+            keep: Keep::Nothing,
         };
         Self::claim(&disk, to, job, limits, hooks)
     }
@@ -230,6 +278,7 @@ impl Migration {
             overlay,
             delta,
             journal,
+            keep,
         } = to;
         let failed = || MigrationFailed {
             job: job.to_string(),
@@ -253,20 +302,24 @@ impl Migration {
             phase: Phase::Preparing,
         };
         let journal = Journal::new(journal, record);
-        let status = begun(disk, &job);
+        let status = MigrationStatus::new(job.clone(), disk.name().to_owned(), disk.size());
         let event = Arc::new(Event::new().because_of(failed)?);
-        let control = Arc::new(Control::new(event, status));
+        let control = Arc::new(Control::new(event, status, limits));
         let mut thread = Job::new(
             Arc::clone(disk),
             Arc::clone(&source),
             Arc::clone(&destination),
             journal,
-            limits,
             hooks,
             Arc::clone(&control),
         )
         .because_of(failed)?;
         (thread.overlay, thread.delta) = (overlay, delta);
+        match keep {
+            Keep::Nothing => {}
+            Keep::In(file) => thread.kept = Some(file),
+            Keep::Again(file) => thread.again(file).because_of(failed)?,
+        }
         std::thread::Builder::new()
             .name(format!("migrate-{}", disk.name()))
             .spawn(move || thread.run())
@@ -307,6 +360,55 @@ impl Migration {
         .into())
     }
 
+    /// Ends the job as [`cancel`](Self::cancel) does, but what was kept stays true, so that it can be taken
+    /// up again: only for a disk that nobody changes any more. Its phase becomes
+    /// [`Interrupted`](Phase::Interrupted), or cancelled if nothing is kept.
+    ///
+    /// # Errors
+    /// As [`cancel`](Self::cancel).
+    pub fn interrupt(&self) -> Result<()> {
+        if self.control.interrupt() {
+            return Ok(());
+        }
+        Err(CancelTooLate {
+            job: self.control.job.to_string(),
+        }
+        .into())
+    }
+
+    /// Lets the job rest until [`resume`](Self::resume): what is on its way arrives, then nothing is
+    /// copied, and it does not switch over. What the guest writes is marked and copied later; a
+    /// mirroring ends for that time, so that a job that rests costs the guest nothing.
+    ///
+    /// # Errors
+    /// When the daemon was already asked to commit: its decision counts.
+    pub fn pause(&self) -> Result<()> {
+        if self.control.pause() {
+            return Ok(());
+        }
+        Err(PauseTooLate {
+            job: self.control.job.to_string(),
+        }
+        .into())
+    }
+
+    /// Lets a paused job go on where it was.
+    pub fn resume(&self) {
+        self.control.resume();
+    }
+
+    /// Changes the limits. They count from now on; a pause of the switch-over that has begun keeps
+    /// its own.
+    pub fn set(&self, change: &LimitsChange) {
+        self.control.set(change);
+    }
+
+    /// The limits as they are now.
+    #[must_use]
+    pub fn limits(&self) -> MigrationLimits {
+        self.control.limits()
+    }
+
     /// Whether the daemon was asked to commit and has not answered: the gate stays closed until
     /// [`decide`](Self::decide). From the first moment at which the question may have been put
     /// this is true, so whoever finds it may repeat the question.
@@ -338,24 +440,6 @@ impl Migration {
     pub fn join(&self) -> MigrationStatus {
         self.control.ended();
         self.control.status()
-    }
-}
-
-/// How a job is at its begin.
-fn begun(disk: &LiveDisk, job: &JobId) -> MigrationStatus {
-    MigrationStatus {
-        job: job.clone(),
-        disk: disk.name().to_owned(),
-        phase: Phase::Preparing,
-        size_bytes: disk.size(),
-        passes: Vec::new(),
-        throughput: 0,
-        expected_pause_ms: None,
-        pause_ms: None,
-        elapsed_ms: 0,
-        method: None,
-        overlay: None,
-        failure: None,
     }
 }
 

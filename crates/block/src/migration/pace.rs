@@ -13,8 +13,9 @@ const WINDOW: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Pace {
     bytes_per_second: Option<u64>,
-    /// When the next chunk may start.
-    next: Option<Instant>,
+    iops: Option<u64>,
+    /// When the next chunk may start by the first of them, and by the second.
+    next: [Option<Instant>; 2],
     /// Time spent and bytes copied, newest last.
     samples: VecDeque<(Duration, u64)>,
     spent: Duration,
@@ -22,31 +23,41 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    pub(crate) fn new(bytes_per_second: Option<u64>) -> Self {
+    pub(crate) fn new(bytes_per_second: Option<u64>, iops: Option<u64>) -> Self {
         Self {
             bytes_per_second: bytes_per_second.filter(|rate| *rate > 0),
-            next: None,
+            iops: iops.filter(|rate| *rate > 0),
+            next: [None; 2],
             samples: VecDeque::new(),
             spent: Duration::ZERO,
             bytes: 0,
         }
     }
 
+    /// Other limits from now on.
+    pub(crate) fn set(&mut self, bytes_per_second: Option<u64>, iops: Option<u64>) {
+        self.bytes_per_second = bytes_per_second.filter(|rate| *rate > 0);
+        self.iops = iops.filter(|rate| *rate > 0);
+        // Whoever waits by a limit of one byte per second would wait for days.
+        self.next = [None; 2];
+    }
+
     /// How long the next chunk has to wait; none if it may start.
     pub(crate) fn wait(&self, now: Instant) -> Option<Duration> {
-        self.next
-            .map(|next| next.saturating_duration_since(now))
-            .filter(|wait| !wait.is_zero())
+        let next = self.next.iter().flatten().max()?;
+        Some(next.saturating_duration_since(now)).filter(|wait| !wait.is_zero())
     }
 
     /// A chunk of `len` bytes starts now.
     pub(crate) fn start(&mut self, now: Instant, len: u64) {
-        if let Some(rate) = self.bytes_per_second {
-            let nanos = u128::from(len) * 1_000_000_000 / u128::from(rate);
-            let takes = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
-            // What was not used before is not saved up: a limit is a limit at any time.
-            self.next = now.max(self.next.unwrap_or(now)).checked_add(takes);
-        }
+        let [bytes, _] = &mut self.next;
+        spend(bytes, now, self.bytes_per_second, len);
+    }
+
+    /// So many requests are made.
+    pub(crate) fn request(&mut self, now: Instant, count: u64) {
+        let [_, requests] = &mut self.next;
+        spend(requests, now, self.iops, count);
     }
 
     /// `len` bytes were copied in `spent` of copying time.
@@ -67,6 +78,15 @@ impl Pace {
     /// Bytes per second over the last second of copying; 0 before anything was copied.
     pub(crate) fn throughput(&self) -> u64 {
         rate(self.bytes, self.spent)
+    }
+}
+
+fn spend(next: &mut Option<Instant>, now: Instant, rate: Option<u64>, units: u64) {
+    if let Some(rate) = rate {
+        let nanos = u128::from(units) * 1_000_000_000 / u128::from(rate);
+        let takes = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        // What was not used before is not saved up: a limit is a limit at any time.
+        *next = now.max(next.unwrap_or(now)).checked_add(takes);
     }
 }
 
@@ -195,7 +215,7 @@ mod tests {
 
     #[test]
     fn the_throughput_is_that_of_the_last_second() {
-        let mut pace = Pace::new(None);
+        let mut pace = Pace::new(None, None);
         assert_eq!(pace.throughput(), 0);
         for _ in 0..100 {
             pace.copied(Duration::from_millis(100), 1000);
@@ -264,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_limit_spaces_the_chunks() {
-        let mut pace = Pace::new(Some(1000));
+        let mut pace = Pace::new(Some(1000), None);
         let start = Instant::now();
         assert_eq!(pace.wait(start), None);
         pace.start(start, 500);
@@ -275,5 +295,22 @@ mod tests {
         assert_eq!(pace.wait(later), None);
         pace.start(later, 500);
         assert_eq!(pace.wait(later), Some(Duration::from_millis(500)));
+    }
+
+    #[test]
+    fn the_stricter_limit_counts_and_a_new_one_at_once() {
+        let mut pace = Pace::new(Some(1000), Some(10));
+        let start = Instant::now();
+        pace.start(start, 500);
+        pace.request(start, 20);
+        assert_eq!(pace.wait(start), Some(Duration::from_secs(2)));
+        pace.start(start, 4500);
+        assert_eq!(pace.wait(start), Some(Duration::from_secs(5)));
+        pace.set(None, Some(1));
+        assert_eq!(pace.wait(start), None);
+        pace.start(start, u64::MAX);
+        assert_eq!(pace.wait(start), None);
+        pace.request(start, 3);
+        assert_eq!(pace.wait(start), Some(Duration::from_secs(3)));
     }
 }

@@ -46,11 +46,11 @@ impl Job {
         fresh: Fresh,
     ) -> Result<Option<MethodReason>, End> {
         let planned = self.planned()?;
-        let judge = Judge::new(Instant::now(), planned);
+        let mut judge = Judge::new(Instant::now(), planned);
         let mut why = None;
         let how = How {
             fresh,
-            judge: (self.limits.method == Method::Auto).then_some((&judge, &mut why)),
+            judge: (self.limits.method == Method::Auto).then_some((&mut judge, &mut why)),
             ..How::usual(planned, Room::BesideGuest)
         };
         match self.pass(plan, how) {
@@ -66,8 +66,14 @@ impl Job {
         let mut stalled = 0;
         let mut room = Room::BesideGuest;
         let mut attempts = Attempts::default();
+        let mut pauses = self.control.pauses();
         loop {
             self.go_on()?;
+            if pauses != self.control.pauses() {
+                // What is dirty after a rest says nothing about how the passes do.
+                pauses = self.control.pauses();
+                (before, stalled) = (u64::MAX, 0);
+            }
             let mut dirty = self.bitmap.marked_bytes();
             let mut within = self.expected_pause(dirty) <= self.allowed();
             if within {
@@ -88,6 +94,7 @@ impl Job {
                         attempts.missed(self, &late)?;
                         before = u64::MAX;
                     }
+                    Switch::Paused => continue,
                     Switch::NoDaemon => {
                         self.await_daemon()?;
                         // What is left now says nothing about how the passes did.

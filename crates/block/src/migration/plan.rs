@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use strake_observe::Result;
 
+use super::kept::Known;
 use super::overlay::{Has, Overlay};
 use crate::{BLOCK_BYTES, DirtyBitmap, Image};
 
@@ -46,8 +47,14 @@ impl Chunk {
 
 /// The chunks of one pass, in ascending order.
 pub(crate) trait Plan {
-    /// The next chunk; none when the pass is complete.
-    fn next(&mut self) -> Result<Option<Chunk>>;
+    /// The next chunk, of `most` bytes at most (a power of two, [`BLOCK_BYTES`] to [`CHUNK_BYTES`]);
+    /// none when the pass is complete.
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>>;
+
+    /// Everything that is to be copied before this was planned or is marked.
+    fn frontier(&self) -> u64 {
+        u64::MAX
+    }
 }
 
 /// What a destination holds before the first pass.
@@ -74,6 +81,8 @@ pub(crate) struct FirstPass {
     of: Of,
     bitmap: Arc<DirtyBitmap>,
     size: u64,
+    /// What an earlier run of the job has copied, and what nobody has changed since.
+    known: Known,
     data: Data,
     at: u64,
     ahead: VecDeque<Ahead>,
@@ -99,10 +108,19 @@ impl FirstPass {
             of,
             bitmap,
             size,
+            known: Known::default(),
             data: Data::Copy,
             at: 0,
             ahead: VecDeque::new(),
         }
+    }
+
+    /// Leaves out what an earlier run of the job has copied. Only of whole images.
+    pub(crate) fn without(mut self, known: &Known) -> Self {
+        if matches!(self.of, Of::Image(..)) {
+            self.known = known.clone();
+        }
+        self
     }
 
     /// From here on data is not copied any more but marked in the bitmap, for a mirror to copy.
@@ -114,6 +132,11 @@ impl FirstPass {
     /// a hole.
     fn look(&mut self) -> Result<()> {
         if self.at >= self.size {
+            return Ok(());
+        }
+        let (limit, known) = self.known.run(self.at, self.size);
+        if known {
+            self.at = limit;
             return Ok(());
         }
         let (found, fresh) = match &self.of {
@@ -137,16 +160,16 @@ impl FirstPass {
                 None => (None, Fresh::Yes),
             },
         };
-        let found = found.filter(|range| range.start < self.size && range.start < range.end);
+        let found = found.filter(|range| range.start < limit && range.start < range.end);
         let (start, end) = match found {
             Some(range) => {
                 let start = range.start - range.start % BLOCK_BYTES;
                 (
                     start.max(self.at),
-                    range.end.next_multiple_of(BLOCK_BYTES).min(self.size),
+                    range.end.next_multiple_of(BLOCK_BYTES).min(limit),
                 )
             }
-            None => (self.size, self.size),
+            None => (limit, limit),
         };
         if self.at < start && fresh == Fresh::No {
             self.ahead.push_back(Ahead::Hole(self.at..start));
@@ -172,9 +195,9 @@ impl FirstPass {
 }
 
 impl Plan for FirstPass {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let ahead = loop {
-            if self.ahead.is_empty() {
+            while self.ahead.is_empty() && self.at < self.size {
                 self.look()?;
             }
             match self.ahead.pop_front() {
@@ -199,9 +222,7 @@ impl Plan for FirstPass {
                 }))
             }
             Ahead::Data(data) => {
-                let end = data
-                    .end
-                    .min(data.start - data.start % CHUNK_BYTES + CHUNK_BYTES);
+                let end = data.end.min(data.start - data.start % most + most);
                 if end < data.end {
                     self.ahead.push_front(Ahead::Data(end..data.end));
                 }
@@ -215,6 +236,13 @@ impl Plan for FirstPass {
                     wanted: len,
                 }))
             }
+        }
+    }
+
+    fn frontier(&self) -> u64 {
+        match self.ahead.front() {
+            Some(Ahead::Hole(range) | Ahead::Data(range)) => range.start,
+            None => self.at,
         }
     }
 }
@@ -253,7 +281,7 @@ impl<'a> DirtyPass<'a> {
 }
 
 impl Plan for DirtyPass<'_> {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let first = loop {
             let Some(block) = self.bitmap.next_marked(self.at) else {
                 return Ok(None);
@@ -263,7 +291,7 @@ impl Plan for DirtyPass<'_> {
             }
             self.at = block + 1;
         };
-        let most = first + CHUNK_BYTES / BLOCK_BYTES;
+        let most = first + most / BLOCK_BYTES;
         let mut end = first + 1;
         let mut look = end;
         while look < most.min(self.bitmap.blocks()) && look - end <= GAP_BLOCKS {
@@ -310,11 +338,11 @@ impl<'a> MirrorPass<'a> {
 }
 
 impl Plan for MirrorPass<'_> {
-    fn next(&mut self) -> Result<Option<Chunk>> {
+    fn next(&mut self, most: u64) -> Result<Option<Chunk>> {
         let Some(first) = self.bitmap.next_marked(self.at) else {
             return Ok(None);
         };
-        let blocks = CHUNK_BYTES / BLOCK_BYTES;
+        let blocks = most / BLOCK_BYTES;
         let most = (first - first % blocks + blocks).min(self.bitmap.blocks());
         let mut wanted = 0;
         let mut end = first;
@@ -337,16 +365,22 @@ impl Plan for MirrorPass<'_> {
 }
 
 /// How many bytes the first pass has before it.
-pub(crate) fn allocated_bytes(source: &dyn Image, size: u64) -> Result<u64> {
+pub(crate) fn allocated_bytes(source: &dyn Image, size: u64, known: &Known) -> Result<u64> {
     let mut sum = 0;
     let mut at = 0;
-    while let Some(range) = source.allocated(at)? {
-        let end = range.end.min(size);
-        if range.start >= end {
-            break;
+    while at < size {
+        let (limit, skip) = known.run(at, size);
+        if skip {
+            at = limit;
+            continue;
         }
-        sum += end - range.start;
-        at = end;
+        let Some(range) = source.allocated(at)?.filter(|it| it.start < size) else {
+            break;
+        };
+        let end = range.end.min(limit);
+        sum += end.saturating_sub(range.start.max(at));
+        // A hole up to a range that is known may end in it.
+        at = end.max(at + 1).max(range.start.min(limit));
     }
     Ok(sum)
 }

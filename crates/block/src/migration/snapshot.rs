@@ -40,7 +40,6 @@ use super::control::Ask;
 use super::copier::{Copier, Room, Stop};
 use super::job::{End, How, Job};
 use super::journal::Durable;
-use super::pause::Pause;
 use super::plan::{DirtyPass, FirstPass, Fresh};
 use super::switch::{Attempts, LOOK_FOR_DAEMON, Switch};
 use crate::{CommitRefused, Delta, DirtyBitmap, Image, NoOverlay, OverlayFull};
@@ -156,6 +155,10 @@ impl Job {
         };
         self.uses(Method::Snapshot, why);
         let (source, destination) = (Arc::clone(&self.source), Arc::clone(&self.destination));
+        // What is kept is about the source as the disk's image, which it is no longer.
+        if let Some(mut keeper) = self.keeper.take() {
+            keeper.close();
+        }
         self.put_on_overlay(delta.as_ref())?;
         match self.copy_below(&delta, first, fresh) {
             Ok(()) => {}
@@ -197,7 +200,7 @@ impl Job {
             match self.take(&chain, delta)? {
                 Switch::Done => return Ok(()),
                 Switch::TooLate(late) => attempts.missed(self, &late)?,
-                Switch::NoDaemon => {}
+                Switch::NoDaemon | Switch::Paused => {}
             }
         }
     }
@@ -205,7 +208,10 @@ impl Job {
     /// The moment in which the guest waits for it. The flush is for what the guest wrote and has not
     /// flushed: its next flush goes to the overlay.
     fn take(&mut self, chain: &Arc<dyn Image>, delta: &dyn Delta) -> Result<Switch, End> {
-        let pause = Pause::begin(&self.opener, self.allowed())?;
+        let pause = match self.begin_pause() {
+            Ok(pause) => pause,
+            Err(late) => return Ok(Switch::TooLate(late)),
+        };
         if !pause.drained() {
             return Ok(self.too_late(&pause));
         }
@@ -219,6 +225,7 @@ impl Job {
         match self.control.ask(Stage::Overlay) {
             Ask::Asked => {}
             Ask::Cancelled => return Err(End::Cancelled),
+            Ask::Paused => return Ok(Switch::Paused),
             Ask::TooLate => return Ok(self.too_late(&pause)),
         }
         self.control

@@ -1,7 +1,7 @@
 //! The switch-over: the one part of a migration in which the guest waits.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use strake_api::job::Phase;
 use strake_observe::Observation;
@@ -24,11 +24,15 @@ pub(super) const LOOK_FOR_DAEMON: Duration = Duration::from_millis(100);
 /// Why a switch did not happen, though it may the next time.
 pub(super) struct TooLate {
     took: Duration,
+    /// What else is known of it.
+    why: Option<Observation>,
 }
 
 pub(super) enum Switch {
     Done,
     TooLate(TooLate),
+    /// The job was paused.
+    Paused,
     /// Nobody is there to be asked. The guest does not wait for one.
     NoDaemon,
 }
@@ -44,12 +48,12 @@ impl Attempts {
         if self.0 < SWITCH_ATTEMPTS {
             return Ok(());
         }
-        Err(PauseTooLong {
+        Err(Observation::from(PauseTooLong {
             attempts: self.0,
             took_ms: u64::try_from(late.took.as_millis()).unwrap_or(u64::MAX),
             pause_ms: job.limits.pause_ms,
-        }
-        .into())
+        })
+        .because_all(late.why.clone()))
     }
 }
 
@@ -64,7 +68,10 @@ impl Job {
         if !self.hooks.can_ask() {
             return Ok(Switch::NoDaemon);
         }
-        let pause = Pause::begin(&self.opener, self.allowed())?;
+        let pause = match self.begin_pause() {
+            Ok(pause) => pause,
+            Err(late) => return Ok(Switch::TooLate(late)),
+        };
         if !pause.drained() {
             return Ok(self.too_late(&pause));
         }
@@ -104,6 +111,7 @@ impl Job {
         match self.control.ask(self.stage) {
             Ask::Asked => {}
             Ask::Cancelled => return Err(End::Cancelled),
+            Ask::Paused => return Ok(Switch::Paused),
             Ask::TooLate => return Ok(self.too_late(&pause)),
         }
         self.control
@@ -113,6 +121,9 @@ impl Job {
         // Whichever it is, the disk is on one image from now on.
         self.disk.end_mirror();
         if committed {
+            if let Some(keeper) = &mut self.keeper {
+                keeper.leave();
+            }
             self.disk.replace(Arc::clone(&self.destination));
             self.disk.end_tracking();
             if let Some(overlay) = &self.overlay {
@@ -129,11 +140,24 @@ impl Job {
         }
     }
 
+    /// vCPUs that did not stand in time may do so the next time.
+    pub(super) fn begin_pause(&self) -> Result<Pause, TooLate> {
+        let began = Instant::now();
+        Pause::begin(&self.opener, self.allowed()).map_err(|seen| TooLate {
+            took: began.elapsed(),
+            why: Some(seen),
+        })
+    }
+
     pub(super) fn too_late(&self, pause: &Pause) -> Switch {
         pause.end();
+        if self.control.is_paused() {
+            return Switch::Paused;
+        }
         let took = self.control.status().pause_ms.unwrap_or(0.0) / 1000.0;
         Switch::TooLate(TooLate {
             took: Duration::try_from_secs_f64(took).unwrap_or(Duration::MAX),
+            why: None,
         })
     }
 }

@@ -299,6 +299,11 @@ impl Image for RawImage {
     fn as_any(&self) -> Option<&dyn Any> {
         Some(self)
     }
+
+    fn files(&self) -> Result<Vec<OwnedFd>> {
+        let file = self.file.fd.try_clone().os("dup", &self.file.path)?;
+        Ok(vec![file])
+    }
 }
 
 impl RawFile {

@@ -470,6 +470,7 @@ pub struct Hooks {
     /// No daemon is there to be asked.
     pub no_daemon: AtomicBool,
     pub at_suspend: Act,
+    pub at_refusal: Act,
     pub at_resume: Act,
 }
 
@@ -484,6 +485,7 @@ impl Hooks {
             refuse_suspend: AtomicBool::new(false),
             no_daemon: AtomicBool::new(false),
             at_suspend: Mutex::default(),
+            at_refusal: Mutex::default(),
             at_resume: Mutex::default(),
         };
         (Arc::new(hooks), receiver)
@@ -494,6 +496,7 @@ impl SwitchHooks for Hooks {
     fn suspend_vm(&self, limit: Duration) -> Result<()> {
         assert!(limit <= Duration::from_secs(60), "{limit:?}");
         if self.refuse_suspend.load(Ordering::Relaxed) {
+            act(&self.at_refusal);
             return Err(strake_block::NoUring {
                 reason: "a vCPU does not stop (for this test)".into(),
             }

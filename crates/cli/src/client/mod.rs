@@ -13,10 +13,10 @@ use std::time::Duration;
 use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use strake_api::job::JobId;
+use strake_api::job::{JobId, LimitsChange};
 use strake_api::rest::{
-    AddDatastore, Consolidate, CreateVm, Datastore, DiskTree, HostInfo, Job, MigrateDisk, StopVm,
-    TakeSnapshot, Vm,
+    AddDatastore, Consolidate, CreateExport, CreateVm, Datastore, DiskTree, Export, HostInfo, Job,
+    MigrateDisk, RestartVm, Restarted, StopVm, TakeSnapshot, Vm,
 };
 use strake_observe::{Recorded, Result};
 
@@ -140,6 +140,16 @@ impl Client {
         self.post(&path, how, patience).await
     }
 
+    /// Restarts a VM.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn restart(&self, name: &str, how: &RestartVm) -> Result<Restarted> {
+        let path = format!("/v1/vms/{}/restart", segment(name));
+        let patience = PATIENCE + how.timeout_s.map_or(STOP_DEFAULT, Duration::from_secs);
+        self.post(&path, how, patience).await
+    }
+
     /// The serial console's output so far, or its last `tail` bytes, piece by piece.
     ///
     /// # Errors
@@ -248,6 +258,33 @@ impl Client {
         self.post(&path, &serde_json::json!({}), PATIENCE).await
     }
 
+    /// Lets a job rest.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn pause(&self, id: &JobId) -> Result<Job> {
+        let path = format!("/v1/jobs/{}/pause", segment(&id.0));
+        self.post(&path, &serde_json::json!({}), PATIENCE).await
+    }
+
+    /// Lets a paused job go on.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn resume(&self, id: &JobId) -> Result<Job> {
+        let path = format!("/v1/jobs/{}/resume", segment(&id.0));
+        self.post(&path, &serde_json::json!({}), PATIENCE).await
+    }
+
+    /// Changes a job's limits.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn set_job(&self, id: &JobId, change: &LimitsChange) -> Result<Job> {
+        let path = format!("/v1/jobs/{}/set", segment(&id.0));
+        self.post(&path, change, PATIENCE).await
+    }
+
     /// Every datastore.
     ///
     /// # Errors
@@ -270,6 +307,50 @@ impl Client {
     /// See [`Client::host`].
     pub async fn remove_datastore(&self, name: &str) -> Result<()> {
         let path = format!("/v1/datastores/{}", segment(name));
+        self.exchange::<()>(Method::DELETE, &path, None, PATIENCE)
+            .await
+            .map(|_| ())
+    }
+
+    /// All exports.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn exports(&self) -> Result<Vec<Export>> {
+        self.get("/v1/exports").await
+    }
+
+    /// One export.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn export(&self, name: &str) -> Result<Export> {
+        self.get(&format!("/v1/exports/{}", segment(name))).await
+    }
+
+    /// Adds an export and serves it.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn create_export(&self, export: &CreateExport) -> Result<Export> {
+        self.post("/v1/exports", export, PATIENCE).await
+    }
+
+    /// Serves an export again.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn start_export(&self, name: &str) -> Result<Export> {
+        let path = format!("/v1/exports/{}/start", segment(name));
+        self.post(&path, &serde_json::json!({}), PATIENCE).await
+    }
+
+    /// Ends an export; its image stays.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn remove_export(&self, name: &str) -> Result<()> {
+        let path = format!("/v1/exports/{}", segment(name));
         self.exchange::<()>(Method::DELETE, &path, None, PATIENCE)
             .await
             .map(|_| ())

@@ -4,12 +4,11 @@ use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use strake_api::image::ImageFormat;
-use strake_api::job::{Method, MigrationLimits, Suspend};
+use strake_api::job::{Ceiling, Latency, Method, MigrationLimits, Suspend};
 use strake_api::rest::MigrateDisk;
-use strake_api::spec::Bytes;
 use strake_observe::Result;
 
-use super::snapshots;
+use super::{limits, snapshots};
 use crate::context::Context;
 use crate::exit::Exit;
 use crate::job;
@@ -36,6 +35,7 @@ Examples:
   strake disk migrate web1 root --to fast
   strake disk migrate web1 root --to fast --pause-ms 50 --rate 200M
   strake disk migrate web1 root --to fast --method mirror
+  strake disk migrate web1 root --to fast --latency-ms 5 --iops 500
   strake disk migrate web1 root --to fast --format qcow2
   strake disk migrate web1 root --to fast --detach --json | jq -r .status.job
 
@@ -102,8 +102,17 @@ pub struct Migrate {
     pub pause_ms: u64,
 
     /// Copy at most so many bytes per second, for example 100M [default: unlimited]
-    #[arg(long, value_name = "BYTES", value_parser = rate)]
-    pub rate: Option<Bytes>,
+    #[arg(long, value_name = "BYTES", value_parser = limits::rate)]
+    pub rate: Option<Ceiling>,
+
+    /// Make at most so many requests per second, reads and writes together [default: unlimited]
+    #[arg(long, value_name = "NUMBER", value_parser = limits::iops)]
+    pub iops: Option<Ceiling>,
+
+    /// Give way when the guest's own reads and writes take longer; `auto` is twice as long as before
+    /// and 2 ms at least, `any` never gives way
+    #[arg(long, value_name = "MS", default_value = "auto", value_parser = limits::latency)]
+    pub latency_ms: Latency,
 
     /// How the disk is moved
     #[arg(long, value_enum, default_value_t = How::Auto)]
@@ -189,7 +198,9 @@ async fn migrate(args: Migrate, context: &Context) -> Result<Exit> {
         format: args.format.map(ImageFormat::from),
         limits: MigrationLimits {
             pause_ms: args.pause_ms,
-            bytes_per_second: args.rate.map(|rate| rate.0),
+            bytes_per_second: args.rate.and_then(Ceiling::limit),
+            iops: args.iops.and_then(Ceiling::limit),
+            latency: args.latency_ms,
             suspend: match args.suspend {
                 Stops::Disk => Suspend::Disk,
                 Stops::Vm => Suspend::Vm,
@@ -225,12 +236,4 @@ async fn migrate(args: Migrate, context: &Context) -> Result<Exit> {
     let job = job::watch(context, &job.status.job, patience).await?;
     super::jobs::ended(context, &job)?;
     Ok(Exit::Done)
-}
-
-fn rate(text: &str) -> std::result::Result<Bytes, String> {
-    let rate: Bytes = text.trim_end_matches("/s").parse()?;
-    if rate.0 == 0 {
-        return Err("a rate of 0 would never end: leave --rate out for no limit".to_owned());
-    }
-    Ok(rate)
 }

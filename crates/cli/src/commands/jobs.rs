@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use clap::Subcommand;
-use strake_api::job::{JobId, Phase};
+use strake_api::job::{Ceiling, JobId, Latency, LimitsChange, Phase};
 use strake_api::rest::Job;
 use strake_observe::{Result, Style, render};
 
+use super::limits;
 use crate::context::Context;
 use crate::exit::Exit;
 use crate::job;
@@ -45,6 +46,28 @@ pub enum Jobs {
         /// The job
         job: String,
     },
+    /// Let a job rest: it copies nothing and does not switch over until it is resumed
+    #[command(after_help = "\
+Example:
+  strake jobs pause JOB
+
+What the guest writes meanwhile is only marked, so a job that rests costs it nothing.")]
+    Pause {
+        /// The job
+        job: String,
+    },
+    /// Let a paused job go on where it was
+    #[command(after_help = "Example:\n  strake jobs resume JOB")]
+    Resume {
+        /// The job
+        job: String,
+    },
+    /// Change the limits of a job while it runs
+    #[command(after_help = "\
+Examples:
+  strake jobs set JOB --rate 50M
+  strake jobs set JOB --rate unlimited --latency-ms 5")]
+    Set(Set),
     /// Watch a job until its end; fails if it fails
     #[command(after_help = "Example:\n  strake jobs wait JOB")]
     Wait {
@@ -54,6 +77,33 @@ pub enum Jobs {
         #[arg(long, value_name = "SECONDS", default_value_t = PATIENCE_S)]
         patience: u64,
     },
+}
+
+/// The arguments of `strake jobs set`.
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("changes")
+    .required(true)
+    .multiple(true)
+    .args(["rate", "iops", "latency_ms", "pause_ms"]))]
+pub struct Set {
+    /// The job
+    pub job: String,
+
+    /// Copy at most so many bytes per second, for example 100M; or `unlimited`
+    #[arg(long, value_name = "BYTES", value_parser = limits::rate)]
+    pub rate: Option<Ceiling>,
+
+    /// Make at most so many requests per second, reads and writes together; or `unlimited`
+    #[arg(long, value_name = "NUMBER", value_parser = limits::iops)]
+    pub iops: Option<Ceiling>,
+
+    /// Give way when the guest's own requests take longer; `auto`, or `any` to never give way
+    #[arg(long, value_name = "MS", value_parser = limits::latency)]
+    pub latency_ms: Option<Latency>,
+
+    /// The longest pause that the guest may see at the switch-over
+    #[arg(long, value_name = "MS")]
+    pub pause_ms: Option<u64>,
 }
 
 pub(super) async fn run(args: Args, context: &Context) -> Result<Exit> {
@@ -74,6 +124,30 @@ pub(super) async fn run(args: Args, context: &Context) -> Result<Exit> {
                     "job {id} is asked to end; the disk stays on {}\n",
                     job.source
                 )
+            })?;
+        }
+        Jobs::Pause { job } => {
+            let job = context.client.pause(&JobId(job)).await?;
+            context
+                .output
+                .answer(&job, |job| format!("job {} rests\n", job.status.job))?;
+        }
+        Jobs::Resume { job } => {
+            let job = context.client.resume(&JobId(job)).await?;
+            context
+                .output
+                .answer(&job, |job| format!("job {} goes on\n", job.status.job))?;
+        }
+        Jobs::Set(args) => {
+            let change = LimitsChange {
+                pause_ms: args.pause_ms,
+                bytes_per_second: args.rate,
+                iops: args.iops,
+                latency: args.latency_ms,
+            };
+            let job = context.client.set_job(&JobId(args.job), &change).await?;
+            context.output.answer(&job, |job| {
+                format!("job {}: {}\n", job.status.job, job::limits(job))
             })?;
         }
         Jobs::Wait { job, patience } => {
@@ -127,6 +201,10 @@ fn text(job: &Job) -> String {
         out.push_str("method ");
         out.push_str(&method);
         out.push('\n');
+    }
+    out.push_str(&format!("limits {}\n", job::limits(job)));
+    if let Some(latency) = job::latency(job) {
+        out.push_str(&format!("guest  {latency}\n"));
     }
     if !job.status.passes.is_empty() {
         out.push('\n');

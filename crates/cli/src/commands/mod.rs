@@ -6,17 +6,21 @@ mod create;
 mod datastore;
 mod disk;
 mod doctor;
+mod export;
 mod jobs;
+mod limits;
 mod logs;
 mod man;
 mod observations;
 mod ps;
+mod restart;
 mod rm;
 mod run;
 mod show;
 mod snapshots;
 mod start;
 mod stop;
+mod upgrade;
 
 use clap::Subcommand;
 use strake_observe::Result;
@@ -69,6 +73,8 @@ commands! {
     Run(run, Own),
     Start(start, Said),
     Stop(stop, Said),
+    Restart(restart, Said),
+    Upgrade(upgrade, Said),
     Rm(rm, Said),
     Ps(ps, Plain),
     Show(show, Plain),
@@ -76,6 +82,7 @@ commands! {
     Logs(logs, Own),
     Datastore(datastore, Said),
     Disk(disk, Own),
+    Export(export, Said),
     Jobs(jobs, Own),
     Observations(observations, Plain),
     Completion(completion, Plain),

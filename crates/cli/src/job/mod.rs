@@ -22,7 +22,7 @@ use crate::observations::{
 };
 use crate::signals::Interrupts;
 
-pub(crate) use show::{line, method, passes, summary};
+pub(crate) use show::{latency, limits, line, method, passes, summary};
 
 /// How often the daemon is asked.
 const INTERVAL: Duration = Duration::from_millis(200);

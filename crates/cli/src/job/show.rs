@@ -1,6 +1,6 @@
 //! A job as text.
 
-use strake_api::job::{Method, PassReport, Phase};
+use strake_api::job::{Method, PassReport, Phase, Suspend};
 use strake_api::rest::Job;
 
 use crate::output::{Align, Table, printable};
@@ -57,16 +57,18 @@ fn with_speed(job: &Job, speed: Option<u64>) -> String {
     let status = &job.status;
     let phase = match status.phase {
         Phase::Preparing => "preparing".to_owned(),
+        Phase::Copying if !status.progress.is_on() => "paused".to_owned(),
         Phase::Copying => match status.passes.last() {
             Some(pass) if mirrors(job) => format!("mirroring, pass {}", pass.number),
             Some(pass) => format!("pass {}", pass.number),
             None => "copying".to_owned(),
         },
-        Phase::Suspended => "paused, copying the rest".to_owned(),
-        Phase::AwaitingCommit => "paused, committing".to_owned(),
+        Phase::Suspended => "switching over, copying the rest".to_owned(),
+        Phase::AwaitingCommit => "switching over, committing".to_owned(),
         Phase::Completed => "completed".to_owned(),
         Phase::Failed => "failed".to_owned(),
         Phase::Cancelled => "cancelled".to_owned(),
+        Phase::Interrupted => "interrupted".to_owned(),
     };
     let mut parts = vec![phase];
     if status.phase.is_final() {
@@ -104,6 +106,37 @@ pub(crate) fn method(job: &Job) -> Option<String> {
         text += &format!("; {} mirrored", bytes(used.mirrored_bytes));
     }
     Some(printable(&text))
+}
+
+/// The limits of a job in one line.
+pub(crate) fn limits(job: &Job) -> String {
+    let limits = &job.limits;
+    let mut parts = vec![format!("pause {} ms", limits.pause_ms)];
+    if limits.suspend == Suspend::Vm {
+        parts.push("the whole VM stops for it".to_owned());
+    }
+    if let Some(rate) = limits.bytes_per_second {
+        parts.push(format!("{}/s", bytes(rate)));
+    }
+    if let Some(iops) = limits.iops {
+        parts.push(format!("{iops} requests/s"));
+    }
+    parts.push(format!("guest latency {}", limits.latency));
+    parts.join(", ")
+}
+
+/// What the copy costs the guest, in one line.
+pub(crate) fn latency(job: &Job) -> Option<String> {
+    let seen = job.status.latency.as_ref()?;
+    let ms = |us: u64| format!("{}.{:02} ms", us / 1000, us % 1000 / 10);
+    let mut text = format!("{} for a read or write", ms(seen.now_us));
+    if seen.before_us > 0 {
+        text += &format!(", {} before the job", ms(seen.before_us));
+    }
+    if let Some(target) = seen.target_us {
+        text += &format!("; the copy gives way above {}", ms(target));
+    }
+    Some(text)
 }
 
 /// The passes as a table.
@@ -155,7 +188,10 @@ pub(crate) fn summary(job: &Job) -> String {
 
 #[cfg(test)]
 mod tests {
-    use strake_api::job::{JobId, MethodReason, MethodUsed, MigrationStatus};
+    use strake_api::job::{
+        JobId, Latency, LatencySeen, MethodReason, MethodUsed, MigrationLimits, MigrationStatus,
+        Progress,
+    };
 
     use super::*;
 
@@ -169,19 +205,14 @@ mod tests {
             kind: strake_api::job::JobKind::Migrate,
             snapshot: None,
             to: "fast".into(),
+            limits: MigrationLimits::default(),
             status: MigrationStatus {
-                job: JobId("j1".into()),
-                disk: "root".into(),
                 phase,
-                size_bytes: 1 << 30,
                 passes,
                 throughput: 100 << 20,
                 expected_pause_ms: Some(41.7),
-                pause_ms: None,
                 elapsed_ms: 1500,
-                method: None,
-                overlay: None,
-                failure: None,
+                ..MigrationStatus::new(JobId("j1".into()), "root".into(), 1 << 30)
             },
         }
     }
@@ -207,6 +238,31 @@ mod tests {
         assert_eq!(
             bar(&job, Some(1 << 20)),
             "[==>       ] pass 2, 10.0 MiB/40.0 MiB, 1.00 MiB/s, 30.0 MiB left, pause ~42 ms"
+        );
+    }
+
+    #[test]
+    fn a_job_that_rests_says_so_and_its_limits_are_told() {
+        let mut job = job(Phase::Copying, vec![pass(1, 40 << 20, 10 << 20)]);
+        job.status.progress = Progress::Paused;
+        assert!(line(&job).starts_with("paused, 10.0 MiB/40.0 MiB"));
+        assert_eq!(limits(&job), "pause 300 ms, guest latency auto");
+        job.limits.bytes_per_second = Some(50 << 20);
+        job.limits.iops = Some(400);
+        job.limits.latency = Latency::Us(2500);
+        assert_eq!(
+            limits(&job),
+            "pause 300 ms, 50.0 MiB/s, 400 requests/s, guest latency 2.500 ms"
+        );
+        assert_eq!(latency(&job), None);
+        job.status.latency = Some(Box::new(LatencySeen {
+            now_us: 1900,
+            before_us: 450,
+            target_us: Some(2000),
+        }));
+        assert_eq!(
+            latency(&job).unwrap(),
+            "1.90 ms for a read or write, 0.45 ms before the job; the copy gives way above 2.00 ms"
         );
     }
 

@@ -12,22 +12,15 @@ fn at(elapsed_ms: u64, read_bytes: u64) -> Job {
         kind: strake_api::job::JobKind::Migrate,
         snapshot: None,
         to: "b".into(),
+        limits: strake_api::job::MigrationLimits::default(),
         status: MigrationStatus {
-            job: JobId("j1".into()),
-            disk: "root".into(),
             phase: Phase::Copying,
-            size_bytes: 1 << 30,
             passes: vec![PassReport {
                 read_bytes,
                 ..PassReport::default()
             }],
-            throughput: 0,
-            expected_pause_ms: None,
-            pause_ms: None,
             elapsed_ms,
-            method: None,
-            overlay: None,
-            failure: None,
+            ..MigrationStatus::new(JobId("j1".into()), "root".into(), 1 << 30)
         },
     }
 }

@@ -471,19 +471,16 @@ pub(crate) fn job(phase: Phase) -> Job {
         kind: strake_api::job::JobKind::Migrate,
         snapshot: None,
         to: "fast".into(),
+        limits: strake_api::job::MigrationLimits::default(),
         status: MigrationStatus {
-            job: JobId("j1".into()),
-            disk: "root".into(),
             phase,
-            size_bytes: 4 << 30,
             passes,
             throughput: 500 << 20,
             expected_pause_ms: Some(40.0),
             pause_ms: (phase == Phase::Completed).then_some(38.25),
             elapsed_ms: 1500,
-            method: None,
-            overlay: None,
             failure: (phase == Phase::Failed).then(observation),
+            ..MigrationStatus::new(JobId("j1".into()), "root".into(), 4 << 30)
         },
     }
 }

@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use strake_block::Buffer;
 use strake_memory::GuestMemory;
@@ -207,6 +207,16 @@ impl HostRange {
 pub(crate) fn as_fd(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the event owns the descriptor and outlives the borrow.
     unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+/// A descriptor of somebody else's as an event that nobody waits for: neither a counter that is full
+/// nor one that another reader emptied holds up a worker.
+pub(crate) fn nonblocking_event(fd: OwnedFd) -> io::Result<EventFd> {
+    let flags = rustix::fs::fcntl_getfl(&fd)?;
+    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
+    // SAFETY: the descriptor is owned here and given away; reads and writes of eight bytes are safe
+    // on whatever it is.
+    Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
 }
 
 /// Most pieces that one system call takes.

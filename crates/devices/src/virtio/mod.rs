@@ -26,6 +26,7 @@ pub mod net;
 mod queue;
 pub mod rng;
 mod transport;
+mod vhost_user;
 mod worker;
 
 use std::sync::Arc;
@@ -38,6 +39,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use guest::{Buffers, HostRange, OutsideMemory, Part};
 pub use queue::{CHAIN_LIMIT, Chain, VirtQueue};
 pub use transport::{ConfigSignal, SavedQueue, SavedVirtioPci, VirtioPci};
+pub use vhost_user::VhostUserServer;
 pub use worker::{
     Fault, Poller, Progress, QUIESCE_BOUND, Ready, Work, WorkerEntry, set_worker_entry,
 };

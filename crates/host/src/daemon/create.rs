@@ -42,8 +42,8 @@ pub enum Images {
 }
 
 /// A disk whose place was decided.
-struct Placed {
-    record: DiskRecord,
+pub(super) struct Placed {
+    pub(super) record: DiskRecord,
     missing: bool,
 }
 
@@ -108,7 +108,7 @@ impl Host {
     }
 
     /// Decides where a disk is and whether the VM may have it.
-    fn place(&self, disk: &DiskSpec, slot: u8) -> Result<Placed> {
+    pub(super) fn place(&self, disk: &DiskSpec, slot: u8) -> Result<Placed> {
         let (path, datastore) = self.resolve(&disk.image)?;
         let image = Binding::new(path.clone(), disk.format());
         let looks = chain::look(&image, &self.allowed_below()?)?;
@@ -218,7 +218,9 @@ impl Host {
                 .into());
             }
             let record = self.inventory.vm(name)?;
+            record.spec()?;
             self.refuse_living_monitor(&cell, &record)?;
+            self.refuse_exported(name)?;
             let _placing = guard(&self.placing);
             self.inventory.remove_vm(name)?;
             self.forget_cell(name);
@@ -264,7 +266,7 @@ impl Host {
     }
 }
 
-fn remove_directory(directory: &Path) -> Option<Observation> {
+pub(super) fn remove_directory(directory: &Path) -> Option<Observation> {
     match std::fs::remove_dir_all(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err::<(), _>(error)
             .os("rmdir", directory.display())

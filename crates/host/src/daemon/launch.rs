@@ -8,28 +8,32 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use strake_api::control::{BootConfig, DiskConfig, MachineConfig, MemoryConfig, NicConfig};
-use strake_api::spec::{BootSpec, parse_mac};
+use strake_api::control::{
+    BootConfig, DiskConfig, MachineConfig, MemoryConfig, NicConfig, Request,
+};
+use strake_api::spec::{BootSpec, VmSpec, parse_mac};
 use strake_observe::{Because, OsContext, Result};
 
 use super::create::boot_file_refused;
+use super::handover::LentFiles;
 use super::{Host, private};
 use crate::FileIdentity;
 use crate::config::show;
-use crate::inventory::{DiskRecord, VmRecord};
+use crate::inventory::{DiskRecord, VmRecord, Workload};
 use crate::monitor::descriptors::Descriptors;
 use crate::net;
 use crate::observations::{InventoryCorrupt, KvmUnavailable};
 use crate::storage::chain;
 use crate::storage::image::Mode;
+use crate::storage::store::remove_file;
 
 /// A machine's description and the descriptors that it names.
 #[derive(Debug)]
 pub(super) struct Launch {
-    pub(super) config: MachineConfig,
+    pub(super) configure: Request,
     /// Which file each disk's image is.
     pub(super) files: Vec<(String, FileIdentity)>,
-    fds: Descriptors,
+    pub(super) fds: Descriptors,
 }
 
 impl Launch {
@@ -39,15 +43,39 @@ impl Launch {
 }
 
 impl Host {
-    /// Opens everything that the VM's machine needs.
+    /// Opens everything that the monitor needs for what it is to run.
     pub(super) fn prepare_launch(&self, vm: &VmRecord) -> Result<Launch> {
+        match &vm.what {
+            Workload::Vm(spec) => self.prepare_machine(vm, spec, None),
+            Workload::Export(spec) => self.prepare_export(vm, spec),
+        }
+    }
+
+    /// The same for a monitor that takes the guest over from another one, which lent what it has.
+    pub(super) fn prepare_successor(&self, vm: &VmRecord, lent: LentFiles) -> Result<Launch> {
+        self.prepare_machine(vm, vm.spec()?, Some(lent))
+    }
+
+    fn prepare_machine(
+        &self,
+        vm: &VmRecord,
+        spec: &VmSpec,
+        mut lent: Option<LentFiles>,
+    ) -> Result<Launch> {
         let mut fds = Descriptors::default();
         let kvm = fds.add(self.open_kvm()?)?;
-        let boot = boot(&vm.spec.boot, vm, &mut fds)?;
+        let boot = match &lent {
+            Some(_) => BootConfig::Predecessor,
+            None => boot(&spec.boot, vm, &mut fds)?,
+        };
         let mut disks = Vec::new();
         let mut files = Vec::new();
         for disk in &vm.disks {
-            let (config, file) = self.disk(vm, disk, &mut fds)?;
+            let named = spec.disks.iter().find(|spec| spec.name == disk.name);
+            let queues = named
+                .and_then(|named| named.queues)
+                .unwrap_or(u16::from(spec.cpus));
+            let (config, file) = self.disk(vm, disk, queues, lent.as_mut(), &mut fds)?;
             disks.push(config);
             files.push((disk.name.clone(), file));
         }
@@ -60,30 +88,40 @@ impl Host {
             nics.push(NicConfig {
                 name: nic.name.clone(),
                 slot: nic.slot,
-                tap: fds.add(net::open_tap(&nic.tap, nic.bridge.as_deref())?)?,
+                tap: match &mut lent {
+                    Some(lent) => fds.add(lent.tap(&vm.name, &nic.name)?)?,
+                    None => fds.add(net::open_tap(&nic.tap, nic.bridge.as_deref())?)?,
+                },
                 mac,
             });
         }
-        let size = vm.spec.memory.0;
-        let memfd = strake_memory::create_memfd(&format!("strake-ram-{}", vm.name), size)?;
+        let size = spec.memory.0;
+        let memfd = match lent {
+            Some(lent) => lent.memory,
+            None => strake_memory::create_memfd(&format!("strake-ram-{}", vm.name), size)?,
+        };
         let memory = MemoryConfig {
             size,
             memfd: fds.add(memfd)?,
         };
         private(&self.config.vm_state(&vm.name))?;
         let console_log = fds.add(open_console_log(&self.config.console_log(&vm.name))?)?;
+        private(&self.config.vm_run(&vm.name))?;
+        let observations = open_observations(&self.config.monitor_observations(&vm.name))?;
+        let observations = Some(fds.add(observations)?);
         Ok(Launch {
-            config: MachineConfig {
+            configure: Request::Configure(Box::new(MachineConfig {
                 vm: vm.name.clone(),
-                cpus: vm.spec.cpus,
+                cpus: spec.cpus,
                 kvm,
                 memory,
                 boot,
                 disks,
                 nics,
-                console: vm.spec.console,
+                console: spec.console,
                 console_log,
-            },
+                observations,
+            })),
             files,
             fds,
         })
@@ -110,26 +148,30 @@ impl Host {
             })
     }
 
-    fn disk(
+    pub(super) fn disk(
         &self,
         vm: &VmRecord,
         disk: &DiskRecord,
+        queues: u16,
+        lent: Option<&mut LentFiles>,
         fds: &mut Descriptors,
     ) -> Result<(DiskConfig, FileIdentity)> {
-        let spec = vm.spec.disks.iter().find(|spec| spec.name == disk.name);
         let mode = Mode::of(disk.read_only);
-        let user = |path: &Path| self.who_uses(&vm.name, path);
-        let image = chain::open(&disk.image, mode, &disk.below, &user)?;
-        let file = image.identity.clone();
+        let (image, file) = if let Some(lent) = lent {
+            lent.image(&vm.name, disk, fds)?
+        } else {
+            let user = |path: &Path| self.who_uses(&vm.name, path);
+            let image = chain::open(&disk.image, mode, &disk.below, &user)?;
+            let file = image.identity.clone();
+            (image.give(fds)?, file)
+        };
         let config = DiskConfig {
             name: disk.name.clone(),
             slot: disk.slot,
-            image: image.give(fds)?,
+            image,
             read_only: disk.read_only,
             serial: disk.name.clone(),
-            queues: spec
-                .and_then(|spec| spec.queues)
-                .unwrap_or(u16::from(vm.spec.cpus)),
+            queues,
         };
         Ok((config, file))
     }
@@ -195,6 +237,18 @@ pub(super) fn open_boot_file(what: &str, path: &str) -> Result<File> {
             .because_of(|| boot_file_refused(what, path));
     }
     Ok(file)
+}
+
+/// A new file: the one before may still be a monitor's that is about to end.
+pub(super) fn open_observations(path: &Path) -> Result<File> {
+    remove_file(path)?;
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .os("open", path.display())
 }
 
 fn open_console_log(path: &Path) -> Result<File> {

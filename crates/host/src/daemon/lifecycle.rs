@@ -18,9 +18,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use strake_api::control::Request;
-use strake_api::rest::{StopVm, Vm, VmState};
+use strake_api::rest::{RestartVm, Restarted, StopVm, Vm, VmState};
 use strake_observe::{Because, Observation, Result, Task};
 
+use super::death::Death;
 use super::launch::Launch;
 use super::live::{Cell, Live, Monitor, state_name};
 use super::supervise::Recorded;
@@ -31,14 +32,14 @@ use crate::monitor::connection::{Connection, Events, Greeting, QUICK};
 use crate::monitor::process::{Ending, Process};
 use crate::monitor::spawn;
 use crate::observations::{
-    MonitorBrokeOut, MonitorDied, MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable,
-    StartFailed, StartUnclear, StopFailed, StopTimedOut, WrongState,
+    MonitorKilled, MonitorRefused, MonitorSaid, MonitorUnreachable, StartFailed, StartUnclear,
+    StopFailed, StopTimedOut, WrongState,
 };
 use crate::storage::store::remove_file;
 
 /// How long a monitor may take to build its machine: it may have to read a kernel out of an image
 /// on a slow store.
-const CONFIGURE_PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const CONFIGURE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long a guest has to shut down if nobody says otherwise.
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
@@ -76,33 +77,14 @@ impl Host {
     /// [`StartFailed`], with the reason; no monitor is left behind then. [`StartUnclear`] if the
     /// monitor does not say whether its guest runs.
     pub fn start(self: &Arc<Self>, name: &str) -> Result<Vm> {
-        let cell = self.cell(name)?;
-        let doubt = {
-            let _operation = guard(&cell.operation);
-            let failed = || StartFailed {
-                vm: name.to_owned(),
-            };
-            task(format!("start VM '{name}'"), failed, |task| {
-                let state = cell.live().state;
-                if !matches!(state, VmState::Stopped | VmState::Failed) {
-                    return Err(WrongState {
-                        vm: name.to_owned(),
-                        state: state_name(state).to_owned(),
-                        needed: "stopped".to_owned(),
-                        advice: "it needs no start; `strake ps` shows it".to_owned(),
-                    }
-                    .into());
-                }
-                self.start_stopped(&cell, task)
-            })?
-        };
-        match doubt {
-            Some(doubt) => Err(doubt),
-            None => self.vm(name),
-        }
+        // An export is no VM.
+        self.inventory.vm(name)?.spec()?;
+        self.start_named(name)?;
+        self.vm(name)
     }
 
-    /// Starts the VM again after its guest asked for a reset. The state is `Starting` since then.
+    /// Starts the VM again after its guest asked for a reset, or an export after its monitor died.
+    /// The state is `Starting` since then.
     pub(super) fn start_after_reset(self: &Arc<Self>, cell: &Arc<Cell>) {
         let _operation = guard(&cell.operation);
         if cell.live().state != VmState::Starting {
@@ -114,7 +96,7 @@ impl Host {
             self.start_stopped(cell, task).map(drop)
         });
         if let Err(seen) = restarted {
-            tracing::error!(%seen, "a guest asked for a reset and could not be started again");
+            tracing::error!(%seen, "what was to run on could not be started again");
             cell.change(|live| live.trouble = Some(seen));
         }
     }
@@ -128,6 +110,7 @@ impl Host {
         let name = cell.name.as_str();
         let record = self.inventory.vm(name)?;
         self.refuse_living_monitor(cell, &record)?;
+        self.refuse_exported(name)?;
         cell.change(|live| {
             live.state = VmState::Starting;
             live.stop_asked = false;
@@ -185,7 +168,7 @@ impl Host {
         let recorded = Process::identity_of(&child)
             .and_then(|process| self.inventory.vm_spawned(name, process));
         let mut newborn = Newborn::Child(child);
-        let up = recorded.and_then(|()| self.bring_up(&launch, &socket, &mut newborn));
+        let up = recorded.and_then(|()| self.bring_up(name, &launch, &socket, &mut newborn));
         let seen = match up {
             Ok(up) => {
                 let process = newborn.keep()?;
@@ -198,36 +181,41 @@ impl Host {
             }
             Err(seen) => seen,
         };
-        // A monitor that ended by itself says more than the connection that it left.
-        let ended = newborn.end();
-        let death = ended.map(|(pid, how)| MonitorDied {
-            vm: name.clone(),
-            pid,
-            how: how.to_string(),
-        });
-        let broke_out = ended.filter(|(_, how)| how.broke_out());
-        let broke_out = broke_out.map(|_| MonitorBrokeOut {
-            vm: name.clone(),
-            log: crate::config::show(&log),
-        });
+        let told = self.end_of_newborn(newborn, name, &log);
         if let Err(more) = remove_file(&socket) {
             task.saw(more);
         }
-        let said = spawn::last_words(&log).map(|lines| MonitorSaid {
-            path: crate::config::show(&log),
-            lines,
-        });
-        Err(seen
-            .because_all(death.map(Observation::from))
-            .because_all(broke_out.map(Observation::from))
-            .because_all(said.map(Observation::from)))
+        Err(seen.because_all(told))
+    }
+
+    /// Ends a monitor that has no guest; tells how it ended if it did so by itself, and what it said
+    /// last: that says more than the connection that it left.
+    pub(super) fn end_of_newborn(
+        &self,
+        newborn: Newborn,
+        vm: &str,
+        log: &Path,
+    ) -> Option<Observation> {
+        match newborn.end() {
+            Some((pid, how)) => Some(self.monitor_died(vm, pid, Some(Death::Seen(how)), None)),
+            None => spawn::last_words(log).map(|lines| {
+                let path = crate::config::show(log);
+                MonitorSaid { path, lines }.into()
+            }),
+        }
     }
 
     /// From hello to the running guest. An error means that the guest does not run.
-    fn bring_up(&self, launch: &Launch, socket: &Path, newborn: &mut Newborn) -> Result<BroughtUp> {
+    fn bring_up(
+        &self,
+        name: &str,
+        launch: &Launch,
+        socket: &Path,
+        newborn: &mut Newborn,
+    ) -> Result<BroughtUp> {
         let (connection, greeting, events) = Connection::open(socket)?;
         let process = newborn.hold(&greeting)?;
-        let configure = Request::Configure(Box::new(launch.config.clone()));
+        let configure = launch.configure.clone();
         connection.call("configure", configure, &launch.fds(), CONFIGURE_PATIENCE)?;
         crash::point("after-configure");
         let mut up = BroughtUp {
@@ -250,10 +238,7 @@ impl Host {
         }
         crash::point("after-start");
         let identity = process.identity();
-        match self
-            .inventory
-            .vm_running(&launch.config.vm, identity, up.started_ms)
-        {
+        match self.inventory.vm_running(name, identity, up.started_ms) {
             Ok(()) => up.recorded = Recorded::Yes,
             Err(seen) => note(seen), // The supervisor tries again.
         }
@@ -288,6 +273,7 @@ impl Host {
     /// # Errors
     /// [`StopFailed`]; after [`StopTimedOut`] the VM keeps running.
     pub fn stop(self: &Arc<Self>, name: &str, how: &StopVm) -> Result<Vm> {
+        self.inventory.vm(name)?.spec()?;
         let cell = self.cell(name)?;
         let failed = || StopFailed {
             vm: name.to_owned(),
@@ -303,6 +289,58 @@ impl Host {
             self.wait_for_guest(&cell, &monitor, how)
         })?;
         self.vm(name)
+    }
+
+    /// Ends an export that runs, once its clients' requests are finished and its disk is flushed.
+    pub(super) fn end_export(&self, cell: &Cell, task: &mut Task) -> Result<()> {
+        let how = StopVm {
+            force: true,
+            timeout_s: None,
+        };
+        if !cell.live().at_rest()
+            && let Some(monitor) = self.ask_to_stop(cell, &how)?
+        {
+            self.force(cell, &monitor, task);
+        }
+        Ok(())
+    }
+
+    /// Starts whatever it is.
+    pub(super) fn start_named(self: &Arc<Self>, name: &str) -> Result<()> {
+        let cell = self.cell(name)?;
+        let _operation = guard(&cell.operation);
+        let failed = || StartFailed {
+            vm: name.to_owned(),
+        };
+        let doubt = task(format!("start '{name}'"), failed, |task| {
+            let state = cell.live().state;
+            if !matches!(state, VmState::Stopped | VmState::Failed) {
+                return Err(already_runs(name, state));
+            }
+            self.start_stopped(&cell, task)
+        })?;
+        doubt.map_or(Ok(()), Err)
+    }
+
+    /// Stops a VM and starts it again: its guest reboots, with everything as its spec says now.
+    ///
+    /// # Errors
+    /// As [`Host::stop`] and [`Host::start`].
+    pub fn restart(self: &Arc<Self>, name: &str, how: &RestartVm) -> Result<Restarted> {
+        let old_pid = self.vm(name)?.pid;
+        let stop = StopVm {
+            force: how.force,
+            timeout_s: how.timeout_s,
+        };
+        self.stop(name, &stop)?;
+        let vm = self.start(name)?;
+        Ok(Restarted {
+            vm,
+            pause_us: None,
+            old_pid,
+            old_version: None,
+            new_version: None,
+        })
     }
 
     /// The begin of a stop; `None` if there is no monitor to wait for.
@@ -401,6 +439,16 @@ impl Host {
     }
 }
 
+fn already_runs(name: &str, state: VmState) -> Observation {
+    WrongState {
+        vm: name.to_owned(),
+        state: state_name(state).to_owned(),
+        needed: "stopped".to_owned(),
+        advice: "it needs no start; `strake ps` shows it".to_owned(),
+    }
+    .into()
+}
+
 /// The monitor that is to be ended, even if it cannot be reached.
 fn stop_by_force(live: &mut Live) -> Option<Arc<Monitor>> {
     let monitor = Arc::clone(live.monitor.as_ref()?);
@@ -434,7 +482,7 @@ fn keeps_running(cell: &Cell, monitor: &Arc<Monitor>) {
 const OWN_END_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A monitor's process before its guest runs: ended if anything fails.
-enum Newborn {
+pub(super) enum Newborn {
     /// What was started.
     Child(Child),
     /// The process that answered the hello.
@@ -444,9 +492,22 @@ enum Newborn {
 }
 
 impl Newborn {
+    pub(super) fn child(child: Child) -> Self {
+        Self::Child(child)
+    }
+
+    /// What the inventory records of it before it has said anything.
+    pub(super) fn identity(&self) -> Result<Option<(u32, u64)>> {
+        match self {
+            Self::Child(child) => Process::identity_of(child).map(Some),
+            Self::Held(process) => Ok(Some(process.identity())),
+            Self::Gone => Ok(None),
+        }
+    }
+
     /// Holds the process that answered the hello: the child itself, or its child if a jail put a
     /// process between.
-    fn hold(&mut self, greeting: &Greeting) -> Result<&Process> {
+    pub(super) fn hold(&mut self, greeting: &Greeting) -> Result<&Process> {
         let gone = || crate::observations::MonitorLost {
             request: "hello".to_owned(),
         };
@@ -460,7 +521,7 @@ impl Newborn {
         }
     }
 
-    fn keep(mut self) -> Result<Process> {
+    pub(super) fn keep(mut self) -> Result<Process> {
         match std::mem::replace(&mut self, Self::Gone) {
             Self::Held(process) => Ok(process),
             Self::Child(_) | Self::Gone => Err(crate::observations::Internal {
@@ -471,7 +532,7 @@ impl Newborn {
     }
 
     /// Ends it; tells how it ended if it did so by itself.
-    fn end(mut self) -> Option<(u32, Ending)> {
+    pub(super) fn end(mut self) -> Option<(u32, Ending)> {
         let process = match std::mem::replace(&mut self, Self::Gone) {
             Self::Held(process) => process,
             Self::Child(child) => {

@@ -10,7 +10,7 @@ use strake_api::rest::VmState;
 use strake_observe::{Observation, Result};
 
 use super::guard;
-use crate::inventory::StoredState;
+use crate::inventory::{StoredState, Workload};
 use crate::monitor::connection::Connection;
 use crate::monitor::process::Process;
 
@@ -24,10 +24,29 @@ pub(super) const LOOK_PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct Cell {
     pub(super) name: String,
+    pub(super) revival: Revival,
     pub(super) operation: Mutex<()>,
     pub(super) jobs: Mutex<()>,
     live: Mutex<Live>,
     changed: Condvar,
+}
+
+/// What is to be done when a monitor has died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Revival {
+    /// Nothing: the guest is gone with it.
+    None,
+    /// Another one takes its place: those who use an export are still there.
+    Another,
+}
+
+impl Revival {
+    pub(super) fn of(what: &Workload) -> Self {
+        match what {
+            Workload::Vm(_) => Self::None,
+            Workload::Export(_) => Self::Another,
+        }
+    }
 }
 
 /// What a VM does now.
@@ -48,6 +67,11 @@ pub(super) struct Live {
 pub(super) struct Monitor {
     pub(super) process: Process,
     pub(super) started_ms: u64,
+    /// The version of its binary, if it was asked.
+    pub(super) version: Option<String>,
+    /// Held while the guest is being handed to another monitor, by whoever decides which of the two
+    /// has it; says whether it is the other one.
+    pub(super) retired: Mutex<bool>,
     connection: Mutex<Arc<Connection>>,
 }
 
@@ -56,8 +80,15 @@ impl Monitor {
         Self {
             process,
             started_ms,
+            version: None,
+            retired: Mutex::new(false),
             connection: Mutex::new(Arc::new(connection)),
         }
+    }
+
+    /// Whether its guest runs in another monitor; waits while that is being decided.
+    pub(super) fn is_retired(&self) -> bool {
+        *guard(&self.retired)
     }
 
     pub(super) fn connection(&self) -> Arc<Connection> {
@@ -81,9 +112,10 @@ impl Monitor {
 }
 
 impl Cell {
-    pub(super) fn new(name: &str, stored: StoredState) -> Self {
+    pub(super) fn new(name: &str, stored: StoredState, revival: Revival) -> Self {
         Self {
             name: name.to_owned(),
+            revival,
             operation: Mutex::default(),
             jobs: Mutex::default(),
             live: Mutex::new(Live {

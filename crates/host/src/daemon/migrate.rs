@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use strake_api::control::{Reply, Request};
 use strake_api::image::ImageFormat;
-use strake_api::job::{JobId, JobKind, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{
+    JobId, JobKind, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase,
+};
 use strake_api::rest::{Job, MigrateDisk};
 use strake_observe::{Because, OsContext, Result};
 
@@ -261,6 +263,7 @@ impl Host {
             destination: record.destination.to_string(),
             format: record.destination.format,
             to: record.to,
+            limits: record.limits,
             status,
         }
     }
@@ -298,6 +301,62 @@ impl Host {
     /// # Errors
     /// No such job; [`JobNotActive`] if it is over or beyond cancelling.
     pub fn cancel_job(&self, id: &JobId) -> Result<Job> {
+        let request = Request::CancelJob { job: id.clone() };
+        self.ask_of_job(id, "cancel a job", "not to be cancelled now", request)?;
+        self.job(id)
+    }
+
+    /// Lets a job rest until [`Host::resume_job`]: nothing is copied and the disk is not switched
+    /// over; what the guest writes is marked.
+    ///
+    /// # Errors
+    /// No such job; [`JobNotActive`] if it is over or beyond pausing.
+    pub fn pause_job(&self, id: &JobId) -> Result<Job> {
+        let request = Request::PauseJob { job: id.clone() };
+        self.ask_of_job(id, "pause a job", "not to be paused now", request)?;
+        self.job(id)
+    }
+
+    /// Lets a paused job go on.
+    ///
+    /// # Errors
+    /// No such job; [`JobNotActive`] if it is over.
+    pub fn resume_job(&self, id: &JobId) -> Result<Job> {
+        let request = Request::ResumeJob { job: id.clone() };
+        self.ask_of_job(id, "resume a job", "not to be resumed now", request)?;
+        self.job(id)
+    }
+
+    /// Changes the limits of a job while it runs.
+    ///
+    /// # Errors
+    /// No such job; [`JobNotActive`] if it is over; a limit is out of range.
+    pub fn set_job(&self, id: &JobId, change: &LimitsChange) -> Result<Job> {
+        let mut limits = self.inventory.job(id)?.limits;
+        change.apply(&mut limits);
+        check_limits(&limits)?;
+        let request = Request::SetJob {
+            job: id.clone(),
+            change: change.clone(),
+        };
+        self.ask_of_job(
+            id,
+            "change a job's limits",
+            "not to be changed now",
+            request,
+        )?;
+        self.inventory.limit_job(id, &limits)?;
+        self.job(id)
+    }
+
+    /// Asks something of the monitor that runs a job.
+    fn ask_of_job(
+        &self,
+        id: &JobId,
+        what: &'static str,
+        refused: &str,
+        request: Request,
+    ) -> Result<()> {
         let record = self.inventory.job(id)?;
         let not_active = |phase: &str| JobNotActive {
             job: id.to_string(),
@@ -320,12 +379,11 @@ impl Host {
         let Some(monitor) = monitor else {
             return Err(not_active("without a monitor and about to end").into());
         };
-        let request = Request::CancelJob { job: id.clone() };
         monitor
             .connection()
-            .call("cancel a job", request, &[], LOOK_PATIENCE)
-            .because_of(|| not_active("not to be cancelled now"))?;
-        self.job(id)
+            .call(what, request, &[], LOOK_PATIENCE)
+            .because_of(|| not_active(refused))?;
+        Ok(())
     }
 }
 
@@ -350,6 +408,18 @@ pub(super) fn check_limits(limits: &MigrationLimits) -> Result<()> {
         return refused(
             "at 0 bytes per second it would never end",
             "give a rate, or none for no limit",
+        );
+    }
+    if limits.iops == Some(0) {
+        return refused(
+            "at 0 requests per second it would never end",
+            "give a number, or none for no limit",
+        );
+    }
+    if limits.latency == Latency::Us(0) {
+        return refused(
+            "no request takes less than 0 microseconds",
+            "give a time above 0, or `auto`, or `any` for a copy that never gives way",
         );
     }
     Ok(())

@@ -23,7 +23,10 @@ mod commit;
 mod console;
 mod create;
 mod datastores;
+mod death;
+mod exports;
 mod files;
+mod handover;
 mod housekeeping;
 mod launch;
 mod lifecycle;
@@ -51,10 +54,10 @@ use strake_observe::{Kind, Observation, OsContext, Result, Task};
 
 use crate::HostConfig;
 use crate::config::show;
-use crate::inventory::Inventory;
+use crate::inventory::{Inventory, Workload};
 use crate::lock::DirectoryLock;
 use crate::observations::DaemonNotStarted;
-use live::Cell;
+use live::{Cell, Revival};
 
 /// The host.
 #[derive(Debug)]
@@ -109,7 +112,8 @@ impl Host {
     /// # Errors
     /// The inventory cannot be read.
     pub fn info(&self) -> Result<HostInfo> {
-        let vms = self.inventory.vms()?;
+        let mut vms = self.inventory.vms()?;
+        vms.retain(|record| matches!(record.what, Workload::Vm(_)));
         let running = vms
             .iter()
             .filter(|vm| {
@@ -139,7 +143,7 @@ impl Host {
         let mut cells = guard(&self.cells);
         let cell = cells
             .entry(name.to_owned())
-            .or_insert_with(|| Arc::new(Cell::new(name, record.state)));
+            .or_insert_with(|| Arc::new(Cell::new(name, record.state, Revival::of(&record.what))));
         Ok(Arc::clone(cell))
     }
 

@@ -9,6 +9,10 @@
 //! | running or starting | no answer, no process | the VM has failed; its jobs are settled |
 //! | stopped, failed, restarting | – | its monitor, should it still be there, is let go; its jobs are settled |
 //! | restarting | – | and then it is started |
+//!
+//! A VM that was being handed from one monitor to another has two. The one that the record names as
+//! its process has the guest, and is told so; the other one, which stands still, is ended first
+//! (`handover`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +21,9 @@ use strake_api::control::{Event, ExitReason, Request, RunState};
 use strake_api::rest::VmState;
 use strake_observe::{Observation, OsContext, Result};
 
+use super::death::Death;
 use super::live::{Cell, Monitor};
-use super::supervise::{Death, Recorded, SETTLE_PATIENCE};
+use super::supervise::{Recorded, SETTLE_PATIENCE};
 use super::{Host, guard, note, now_ms};
 use crate::inventory::{StoredState, VmRecord};
 use crate::monitor::connection::{Connection, Events, Greeting, Incoming, QUICK};
@@ -63,6 +68,7 @@ impl Host {
     }
 
     fn find(self: &Arc<Self>, cell: &Arc<Cell>, record: &VmRecord) -> Result<()> {
+        self.finish_handover(record);
         let socket = self.config.control_socket(&record.name);
         let seen = match Connection::open_within(&socket, HELLO_PATIENCE) {
             Ok((connection, greeting, events)) => {
@@ -225,6 +231,9 @@ impl Host {
             Some(vm) if vm != name => return Err(mismatch(format!("the monitor of VM '{vm}'"))),
             _ => {}
         }
+        if record.other_process.is_some() {
+            super::handover::settle_place(&connection)?;
+        }
         let started_ms = record.started_ms.unwrap_or_else(now_ms);
         let identity = process.identity();
         let monitor = Arc::new(Monitor::new(process, connection, started_ms));
@@ -283,7 +292,7 @@ impl Host {
         }
         let why = match record.process {
             Some((pid, _)) if record.state == StoredState::Running => {
-                self.monitor_died(name, pid, Some(Death::Unseen))
+                self.monitor_died(name, pid, Some(Death::Unseen), None)
             }
             _ => Observation::from(StartFailed {
                 vm: name.to_owned(),
@@ -291,7 +300,7 @@ impl Host {
             .because(seen),
         };
         note(why.clone());
-        self.vm_has_ended(cell, &ExitReason::Failed(why), None, Duration::ZERO);
+        self.ended_meanwhile(cell, &ExitReason::Failed(why));
         Ok(())
     }
 }

@@ -241,6 +241,8 @@ impl Host {
         only_stopped: Option<&str>,
     ) -> Result<Where> {
         let name = &record.name;
+        record.spec()?;
+        self.refuse_exported(name)?;
         let (state, monitor) = {
             let live = cell.live();
             (live.state, live.monitor.clone())

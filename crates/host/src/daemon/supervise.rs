@@ -27,17 +27,15 @@ use strake_api::job::MigrationStatus;
 use strake_api::rest::VmState;
 use strake_observe::{Because, Observation, OsContext, Result};
 
-use super::live::{Cell, LOOK_PATIENCE, Live, Monitor};
+use super::death::Death;
+use super::live::{Cell, LOOK_PATIENCE, Live, Monitor, Revival};
 use super::{Host, note, now_ms};
-use crate::config::show;
 use crate::crash;
 use crate::inventory::StoredState;
 use crate::monitor::connection::{Connection, Events, Incoming, QUICK};
 use crate::monitor::process::Ending;
-use crate::monitor::spawn;
 use crate::observations::{
-    MonitorBrokeOut, MonitorDied, MonitorKilled, MonitorMismatch, MonitorSaid, MonitorSilent,
-    MonitorUnreachable, StartFailed,
+    MonitorKilled, MonitorMismatch, MonitorSilent, MonitorUnreachable, StartFailed,
 };
 use crate::storage::store::remove_file;
 
@@ -50,11 +48,8 @@ const END_PATIENCE: Duration = Duration::from_millis(300);
 /// Pause between attempts to reach a monitor that lives.
 const RECONNECT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A guest that resets at once is not started again at once.
+/// A guest that resets at once is not started again at once, nor is an export whose monitor dies.
 const RESET_INTERVAL: Duration = Duration::from_secs(2);
-
-/// What a monitor observed this long before its death may have to do with it.
-const CAUSE_WINDOW_MS: u64 = 30_000;
 
 /// Observations of one monitor that are kept within [`FLOOD_WINDOW`]; more say nothing new.
 const FLOOD_LIMIT: u32 = 50;
@@ -255,7 +250,7 @@ impl Supervisor {
                 tracing::info!(vm = %self.cell.name, ?reason, "the guest ended");
                 // Before the monitor goes: a daemon that dies meanwhile has nobody else to tell
                 // the next one that the guest only wanted to start again.
-                let (stored, _) = outcome(&reason, self.cell.live().stop_asked);
+                let (stored, _) = outcome(&reason, &self.cell);
                 let name = &self.cell.name;
                 if let Err(seen) = self.host.inventory.vm_ending(name, stored, &reason) {
                     note(seen);
@@ -299,7 +294,7 @@ impl Supervisor {
     fn after_loss(&mut self) -> Option<Events> {
         let monitor = Arc::clone(&self.monitor);
         let process = &monitor.process;
-        if self.exit.is_some() {
+        if self.exit.is_some() || monitor.is_retired() {
             if !process.wait(EXIT_PATIENCE) {
                 note(self.killed("it did not end after its guest had"));
                 process.kill();
@@ -358,6 +353,18 @@ impl Supervisor {
             }
             .into());
         }
+        // Should it have been left in the middle of a handover: the guest is its own.
+        {
+            let retired = super::guard(&self.monitor.retired);
+            if *retired {
+                return Err(MonitorMismatch {
+                    said: "the one that the guest has left".to_owned(),
+                    expected: format!("the monitor of VM '{}'", self.cell.name),
+                }
+                .into());
+            }
+            super::handover::settle_place(&connection)?;
+        }
         self.monitor.replace_connection(connection);
         // What may have been missed while nobody listened.
         let state = self.monitor.status().map(|status| status.state);
@@ -403,6 +410,11 @@ impl Supervisor {
     /// The monitor has ended: nothing of it is left when the VM is shown as stopped.
     fn ended(mut self, jobs: JoinHandle<()>) {
         let name = self.cell.name.as_str();
+        if self.monitor.is_retired() {
+            tracing::info!(vm = %name, pid = self.monitor.process.pid(), "the old monitor ended");
+            self.monitor.process.how_it_ended();
+            return; // Its second thread ends with it.
+        }
         let pid = self.monitor.process.pid();
         let how = self.monitor.process.how_it_ended();
         tracing::info!(vm = %name, pid, ?how, exit = ?self.exit, "monitor ended");
@@ -432,19 +444,13 @@ impl Supervisor {
 
     /// A monitor that ended without a word.
     fn death(&self, how: Option<Ending>) -> Observation {
-        let observed = std::mem::take(&mut self.cell.live().observed);
-        let now = now_ms();
-        let observed = observed
-            .into_iter()
-            .filter(|seen| now.saturating_sub(seen.record().at_ms) <= CAUSE_WINDOW_MS);
-        let died = self
-            .host
-            .monitor_died(
-                &self.cell.name,
-                self.monitor.process.pid(),
-                how.map(Death::Seen),
-            )
-            .because_all(observed);
+        let told = std::mem::take(&mut self.cell.live().observed);
+        let died = self.host.monitor_died(
+            &self.cell.name,
+            self.monitor.process.pid(),
+            how.map(Death::Seen),
+            told,
+        );
         note(died.clone());
         died
     }
@@ -462,12 +468,11 @@ impl Host {
         patience: Duration,
     ) -> VmState {
         let name = cell.name.as_str();
-        let stop_asked = cell.live().stop_asked;
         self.settle_jobs(name, why, jobs, patience);
         if let Err(seen) = remove_file(&self.config.control_socket(name)) {
             note(seen);
         }
-        let (stored, shown) = outcome(why, stop_asked);
+        let (stored, shown) = outcome(why, cell);
         if let Err(seen) = self.inventory.vm_ended(name, stored, Some(why)) {
             // The next daemon finds the process gone.
             note(seen);
@@ -480,49 +485,17 @@ impl Host {
         });
         shown
     }
-
-    /// The observation of a monitor's death, with its last words.
-    pub(super) fn monitor_died(&self, vm: &str, pid: u32, how: Option<Death>) -> Observation {
-        let log = self.config.monitor_log(vm);
-        let broke_out = matches!(how, Some(Death::Seen(ending)) if ending.broke_out());
-        let died = Observation::from(MonitorDied {
-            vm: vm.to_owned(),
-            pid,
-            how: match how {
-                Some(Death::Seen(ending)) => ending.to_string(),
-                Some(Death::Unseen) => {
-                    "it ended while no daemon ran, or the host was restarted".to_owned()
-                }
-                None => "how cannot be told, it was not started by this daemon".to_owned(),
-            },
-        });
-        let broke_out = broke_out.then(|| MonitorBrokeOut {
-            vm: vm.to_owned(),
-            log: show(&log),
-        });
-        let said = spawn::last_words(&log).map(|lines| MonitorSaid {
-            path: show(&log),
-            lines,
-        });
-        died.because_all(broke_out.map(Observation::from))
-            .because_all(said.map(Observation::from))
-    }
 }
 
 /// What becomes of a VM whose guest has ended: what is recorded, and what is shown.
-fn outcome(why: &ExitReason, stop_asked: bool) -> (StoredState, VmState) {
+fn outcome(why: &ExitReason, cell: &Cell) -> (StoredState, VmState) {
+    let stop_asked = cell.live().stop_asked;
     match why {
+        ExitReason::Failed(_) if cell.revival == Revival::Another && !stop_asked => {
+            (StoredState::Restarting, VmState::Starting)
+        }
         ExitReason::Failed(_) => (StoredState::Failed, VmState::Failed),
         ExitReason::GuestReset if !stop_asked => (StoredState::Restarting, VmState::Starting),
         _ => (StoredState::Stopped, VmState::Stopped),
     }
-}
-
-/// How a monitor died.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Death {
-    /// As the kernel told.
-    Seen(Ending),
-    /// While nobody looked.
-    Unseen,
 }

@@ -1,11 +1,14 @@
 //! VMs as the API shows them: the inventory's record with the monitor's view.
 
 use strake_api::control::{ExitReason, VmStatus};
-use strake_api::rest::{Disk, Nic, Vm};
+use strake_api::export::{ExportSpec, NbdListen};
+use strake_api::rest::{Disk, Export, Nic, Vm, VmState};
+use strake_nbd::{Address, Security, Uri};
 use strake_observe::Result;
 
 use super::{Host, now_ms, tree};
-use crate::inventory::VmRecord;
+use crate::inventory::{VmRecord, Workload};
+use crate::observations::NoSuchExport;
 use crate::storage::chain;
 
 /// Whether the monitor is asked.
@@ -24,6 +27,7 @@ impl Host {
         let records = self.inventory.vms()?;
         records
             .into_iter()
+            .filter(|record| matches!(record.what, Workload::Vm(_)))
             .map(|record| self.view(record, Depth::Record))
             .collect()
     }
@@ -37,6 +41,74 @@ impl Host {
     }
 
     fn view(&self, record: VmRecord, depth: Depth) -> Result<Vm> {
+        let spec = record.spec()?.clone();
+        let shown = self.shown(&record, depth)?;
+        Ok(Vm {
+            revision: record.revision,
+            state: shown.state,
+            pid: shown.pid,
+            uptime_ms: shown.uptime_ms,
+            last_exit: shown.last_exit,
+            disks: shown.disks,
+            nics: record
+                .nics
+                .into_iter()
+                .map(|nic| Nic {
+                    name: nic.name,
+                    tap: nic.tap,
+                    mac: nic.mac,
+                    slot: nic.slot,
+                })
+                .collect(),
+            name: record.name,
+            spec,
+        })
+    }
+
+    /// All exports, by name. Their monitors are not asked.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn exports(&self) -> Result<Vec<Export>> {
+        let records = self.inventory.vms()?;
+        records
+            .into_iter()
+            .filter(|record| matches!(record.what, Workload::Export(_)))
+            .map(|record| self.export_view(record, Depth::Record))
+            .collect()
+    }
+
+    /// One export, with what its monitor tells.
+    ///
+    /// # Errors
+    /// No such export, or the inventory cannot be read.
+    pub fn export(&self, name: &str) -> Result<Export> {
+        self.export_view(self.export_record(name)?, Depth::Monitor)
+    }
+
+    fn export_view(&self, record: VmRecord, depth: Depth) -> Result<Export> {
+        let missing = || NoSuchExport {
+            export: record.name.clone(),
+        };
+        let Workload::Export(spec) = &record.what else {
+            return Err(missing().into());
+        };
+        let shown = self.shown(&record, depth)?;
+        let disk = shown.disks.into_iter().next();
+        Ok(Export {
+            state: shown.state,
+            nbd_uri: nbd_uri(&record.name, spec),
+            pid: shown.pid,
+            uptime_ms: shown.uptime_ms,
+            last_exit: shown.last_exit,
+            disk: disk.ok_or_else(missing)?,
+            spec: spec.clone(),
+            name: record.name,
+        })
+    }
+
+    /// What VMs and exports have in common.
+    fn shown(&self, record: &VmRecord, depth: Depth) -> Result<Shown> {
         let cell = self.cell(&record.name)?;
         let allowed = self.allowed_below()?;
         let (state, monitor, trouble) = {
@@ -51,18 +123,20 @@ impl Host {
             let started = monitor.as_ref()?.started_ms;
             Some(now_ms().saturating_sub(started))
         };
-        Ok(Vm {
-            revision: record.revision,
+        Ok(Shown {
             state,
             pid: monitor.as_ref().map(|monitor| monitor.process.pid()),
             uptime_ms: status
                 .as_ref()
                 .map(|status| status.uptime_ms)
                 .or_else(since_start),
-            last_exit: trouble.map(ExitReason::Failed).or(record.last_exit),
+            last_exit: trouble
+                .map(ExitReason::Failed)
+                .or_else(|| record.last_exit.clone()),
             disks: record
                 .disks
-                .into_iter()
+                .iter()
+                .cloned()
                 .map(|disk| {
                     let snapshots = tree::snapshots(&disk);
                     let looks = chain::look(&disk.image, &allowed).ok().flatten();
@@ -81,20 +155,30 @@ impl Host {
                     }
                 })
                 .collect(),
-            nics: record
-                .nics
-                .into_iter()
-                .map(|nic| Nic {
-                    name: nic.name,
-                    tap: nic.tap,
-                    mac: nic.mac,
-                    slot: nic.slot,
-                })
-                .collect(),
-            name: record.name,
-            spec: record.spec,
         })
     }
+}
+
+/// What VMs and exports have in common.
+struct Shown {
+    state: VmState,
+    pid: Option<u32>,
+    uptime_ms: Option<u64>,
+    last_exit: Option<ExitReason>,
+    disks: Vec<Disk>,
+}
+
+/// The address of an export, as clients on this host write it.
+fn nbd_uri(name: &str, spec: &ExportSpec) -> Option<String> {
+    let address = match spec.nbd.clone()? {
+        NbdListen::Unix(path) => Address::Unix(path.into()),
+        NbdListen::Tcp { host, port } => Address::Tcp { host, port },
+    };
+    let mut uri = Uri::new(address, name);
+    if spec.tls_dir.is_some() {
+        uri.security = Security::Tls;
+    }
+    Some(uri.to_string())
 }
 
 fn counters(status: &VmStatus, disk: &str) -> Option<strake_api::control::DiskCounters> {

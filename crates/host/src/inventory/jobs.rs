@@ -14,7 +14,7 @@
 use std::path::PathBuf;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
-use strake_api::job::{JobId, JobKind, MigrationLimits, MigrationStatus, PassReport, Phase};
+use strake_api::job::{JobId, JobKind, MigrationLimits, MigrationStatus};
 use strake_observe::{Observation, Result};
 
 use super::layers::{self, LayerId, LayerRecord};
@@ -242,20 +242,7 @@ impl Inventory {
                 }
                 _ => {}
             }
-            let status = |id: JobId| MigrationStatus {
-                job: id,
-                disk: new.disk.clone(),
-                phase: Phase::Preparing,
-                size_bytes: new.size,
-                passes: Vec::<PassReport>::new(),
-                throughput: 0,
-                expected_pause_ms: None,
-                pause_ms: None,
-                elapsed_ms: 0,
-                method: None,
-                overlay: None,
-                failure: None,
-            };
+            let status = |id: JobId| MigrationStatus::new(id, new.disk.clone(), new.size);
             tx.execute(
                 "INSERT INTO jobs (vm, disk, source, destination, datastore, limits,
                      remove_source, source_file, source_format, destination_format, kind,
@@ -313,6 +300,21 @@ impl Inventory {
         })
     }
 
+    /// Notes that the limits of a job have changed.
+    ///
+    /// # Errors
+    /// The inventory cannot be written.
+    pub fn limit_job(&self, id: &JobId, limits: &MigrationLimits) -> Result<()> {
+        let limits = to_json("a job's limits", limits)?;
+        self.write("record a job's limits", |tx| {
+            tx.execute(
+                "UPDATE jobs SET limits = ?2 WHERE seq = ?1 AND state <> 'ended'",
+                params![number(id), limits],
+            )?;
+            Ok(())
+        })
+    }
+
     /// Forgets a job that never began.
     ///
     /// # Errors
@@ -340,8 +342,13 @@ impl Inventory {
                 "UPDATE vms SET revision = revision + 1 WHERE name = ?1",
                 [&job.vm],
             )?;
+            let both: u8 = tx.query_row(
+                "SELECT COUNT(of_vm) FROM vms WHERE name = ?1",
+                [&job.vm],
+                |row| row.get(0),
+            )?;
             match moved {
-                1 => Ok(()),
+                all if all == 1 + usize::from(both) => Ok(()),
                 _ => Err(corrupt(id, "its disk is not bound to its source").into()),
             }
         })
@@ -473,7 +480,9 @@ fn rebind(tx: &Connection, job: &JobRecord) -> Attempt<usize> {
     };
     Ok(tx.execute(
         "UPDATE disks SET image = ?4, format = ?5, datastore = ?6, created = ?7, file = ?8,
-             parent = ?9, below = ?10 WHERE vm = ?1 AND name = ?2 AND image = ?3",
+             parent = ?9, below = ?10
+             WHERE image = ?3 AND (vm = ?1 AND name = ?2 OR (vm, name) IN
+                 (SELECT of_vm, of_disk FROM vms WHERE name = ?1))",
         params![
             job.vm,
             job.disk,

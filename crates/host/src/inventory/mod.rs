@@ -25,7 +25,7 @@ use strake_observe::{Observation, OsContext, Result};
 pub use datastores::DatastoreRecord;
 pub use jobs::{JobFiles, JobRecord, JobState, NewJob};
 pub use layers::{LayerId, LayerRecord};
-pub use vms::{DiskRecord, NicRecord, StoredState, VmRecord};
+pub use vms::{DiskRecord, NicRecord, StoredState, VmRecord, Workload};
 
 use crate::config::show;
 use crate::observations::InventoryFailed;
@@ -35,6 +35,15 @@ use crate::observations::InventoryFailed;
 pub struct Inventory {
     path: String,
     connection: Mutex<Connection>,
+}
+
+/// What a transaction survives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Durability {
+    /// The end of this process.
+    Process,
+    /// A loss of power.
+    Power,
 }
 
 /// What can go wrong inside of a transaction.
@@ -127,18 +136,46 @@ impl Inventory {
         doing: &str,
         work: impl FnOnce(&Transaction<'_>) -> Attempt<T>,
     ) -> Result<T> {
+        self.transact(doing, Durability::Power, work)
+    }
+
+    /// As [`write`](Self::write), but without waiting for the disk: what it decides must not matter
+    /// any more after a loss of power. Later transactions make it durable, too.
+    fn write_soon<T>(
+        &self,
+        doing: &str,
+        work: impl FnOnce(&Transaction<'_>) -> Attempt<T>,
+    ) -> Result<T> {
+        self.transact(doing, Durability::Process, work)
+    }
+
+    fn transact<T>(
+        &self,
+        doing: &str,
+        durability: Durability,
+        work: impl FnOnce(&Transaction<'_>) -> Attempt<T>,
+    ) -> Result<T> {
         // A panic inside of a transaction rolls it back, so a poisoned lock guards sound data.
         let mut connection = self
             .connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let run = || -> Attempt<T> {
+            if durability == Durability::Process {
+                connection.execute_batch("PRAGMA synchronous=NORMAL")?;
+            }
             let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let value = work(&tx)?;
             tx.commit().map_err(Trouble::AtCommit)?;
             Ok(value)
         };
-        run().map_err(|trouble| self.told(doing, trouble))
+        let done = run();
+        if durability == Durability::Process {
+            // Whatever came of it. That the setting itself fails is as if the disk had: a later
+            // transaction that is to be durable sets it again.
+            let _ = connection.execute_batch("PRAGMA synchronous=FULL");
+        }
+        done.map_err(|trouble| self.told(doing, trouble))
     }
 
     /// Reads within one transaction, so that what is read belongs together.

@@ -84,6 +84,19 @@ pub(super) const STEPS: &[&str] = &[
     ALTER TABLE jobs ADD COLUMN source_format TEXT NOT NULL DEFAULT 'raw';
     ALTER TABLE jobs ADD COLUMN destination_format TEXT NOT NULL DEFAULT 'raw';
 ",
+    // During a handover a VM has two monitors: `pid` is the one that may run its guest.
+    "
+    ALTER TABLE vms ADD COLUMN other_pid INTEGER;
+    ALTER TABLE vms ADD COLUMN other_pid_start INTEGER;
+",
+    // Exports stand beside the VMs: their `spec` is that of an export. `of_vm` and `of_disk` name the
+    // VM's disk that an export stands for, whose binding moves with the export's.
+    "
+    ALTER TABLE vms ADD COLUMN kind TEXT NOT NULL DEFAULT 'vm';
+    ALTER TABLE vms ADD COLUMN of_vm TEXT;
+    ALTER TABLE vms ADD COLUMN of_disk TEXT;
+    CREATE UNIQUE INDEX exports_by_disk ON vms(of_vm, of_disk) WHERE of_vm IS NOT NULL;
+",
     // Images of a disk that others of its images need below them. One with a name is a snapshot.
     // What is below an image is recorded when the operator or this daemon says so; its header, which
     // its VM's monitor may write, must say the same.

@@ -103,7 +103,7 @@ fn records_survive_a_new_daemon() {
     let vm = Inventory::open(&path).unwrap().vm("web1").unwrap();
     assert_eq!(vm.state, StoredState::Running);
     assert_eq!(vm.process, Some((77, 123_456)));
-    assert_eq!(vm.spec, spec());
+    assert_eq!(vm.what, Workload::Vm(spec()));
     assert_eq!(vm.disks, [disk("/slow/root.raw", Some("slow"))]);
     assert_eq!(vm.nics, [nic()]);
     assert_eq!(vm.revision, 2);

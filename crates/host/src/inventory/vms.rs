@@ -4,12 +4,15 @@ use std::path::PathBuf;
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_api::control::ExitReason;
+use strake_api::export::ExportSpec;
 use strake_api::spec::VmSpec;
 use strake_observe::{Observation, Result};
 
 use super::layers::{self, LayerId, LayerRecord};
 use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
-use crate::observations::{InventoryCorrupt, NicConflict, NoSuchVm, VmExists};
+use crate::observations::{
+    DiskExported, InventoryCorrupt, NicConflict, NoSuchVm, NotAVm, VmExists,
+};
 use crate::{Binding, FileIdentity, Location};
 
 /// What the inventory remembers of a VM's state: what a daemon that comes back must look for.
@@ -52,7 +55,16 @@ impl StoredState {
     }
 }
 
-/// A VM.
+/// What a monitor runs.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Workload {
+    /// A guest.
+    Vm(VmSpec),
+    /// A disk for other programs.
+    Export(ExportSpec),
+}
+
+/// A VM or an export.
 #[derive(Debug, Clone)]
 pub struct VmRecord {
     /// Its name.
@@ -60,13 +72,15 @@ pub struct VmRecord {
     /// Grows with each change.
     pub revision: u64,
     /// What it is.
-    pub spec: VmSpec,
+    pub what: Workload,
     /// What was last known of it.
     pub state: StoredState,
     /// Why it last ended.
     pub last_exit: Option<ExitReason>,
     /// Its monitor's process and when that started, in clock ticks since boot.
     pub process: Option<(u32, u64)>,
+    /// During a handover the process of the other monitor, which may not run the guest.
+    pub other_process: Option<(u32, u64)>,
     /// When the guest was started, in milliseconds since the epoch.
     pub started_ms: Option<u64>,
     /// Its disks, in the spec's order.
@@ -117,8 +131,24 @@ pub struct NicRecord {
     pub mac: String,
 }
 
+impl VmRecord {
+    /// The spec of a VM.
+    ///
+    /// # Errors
+    /// [`NotAVm`]: it is an export.
+    pub fn spec(&self) -> Result<&VmSpec> {
+        match &self.what {
+            Workload::Vm(spec) => Ok(spec),
+            Workload::Export(_) => Err(NotAVm {
+                name: self.name.clone(),
+            }
+            .into()),
+        }
+    }
+}
+
 impl Inventory {
-    /// All VMs, by name.
+    /// All VMs and exports, by name.
     ///
     /// # Errors
     /// The inventory cannot be read.
@@ -164,28 +194,7 @@ impl Inventory {
                 params![name, spec],
             )?;
             for (position, disk) in disks.iter().enumerate() {
-                tx.execute(
-                    "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
-                         read_only, created, file, format, below)
-                         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
-                    params![
-                        name,
-                        disk.name,
-                        to_sql(position as u64),
-                        disk.slot,
-                        disk.image.location.text()?,
-                        disk.datastore,
-                        to_sql(disk.size),
-                        disk.read_only,
-                        disk.created,
-                        disk.file
-                            .as_ref()
-                            .map(|file| to_json(&disk.name, file))
-                            .transpose()?,
-                        disk.image.format.name(),
-                        to_json(&disk.name, &disk.below)?,
-                    ],
-                )?;
+                add_disk(tx, name, position as u64, disk)?;
             }
             for (position, nic) in nics.iter().enumerate() {
                 for (what, column, value) in
@@ -225,6 +234,57 @@ impl Inventory {
         })
     }
 
+    /// Adds an export that is not served yet.
+    ///
+    /// # Errors
+    /// [`VmExists`]; [`DiskExported`] if another export stands for the same disk.
+    pub fn add_export(&self, name: &str, spec: &ExportSpec, disk: &DiskRecord) -> Result<()> {
+        let text = to_json(name, spec)?;
+        let of = spec.of.as_ref();
+        self.write("add an export", |tx| {
+            if exists(tx, name)? {
+                return Err(Observation::from(VmExists {
+                    vm: name.to_owned(),
+                })
+                .into());
+            }
+            if let Some(of) = of
+                && let Some(export) = export_of(tx, &of.vm, Some(&of.disk))?
+            {
+                return Err(Observation::from(DiskExported {
+                    vm: of.vm.clone(),
+                    disk: of.disk.clone(),
+                    export,
+                })
+                .into());
+            }
+            tx.execute(
+                "INSERT INTO vms (name, revision, spec, state, kind, of_vm, of_disk)
+                     VALUES (?1, 1, ?2, 'stopped', 'export', ?3, ?4)",
+                params![name, text, of.map(|of| &of.vm), of.map(|of| &of.disk)],
+            )?;
+            add_disk(tx, name, 0, disk)
+        })
+    }
+
+    /// The export that stands for a disk of this VM, if there is one, with the disk.
+    ///
+    /// # Errors
+    /// The inventory cannot be read.
+    pub fn export_of(&self, vm: &str) -> Result<Option<(String, String)>> {
+        self.read("look for exports", |db| {
+            let Some(export) = export_of(db, vm, None)? else {
+                return Ok(None);
+            };
+            let disk = db.query_row(
+                "SELECT of_disk FROM vms WHERE name = ?1",
+                [&export],
+                |row| row.get(0),
+            )?;
+            Ok(Some((export, disk)))
+        })
+    }
+
     /// Removes a VM's record, and with it those of its disks and interfaces.
     ///
     /// # Errors
@@ -252,7 +312,8 @@ impl Inventory {
             }
             let changed = tx.execute(
                 "UPDATE vms SET revision = revision + 1, state = 'starting', pid = NULL,
-                     pid_start = NULL, started_ms = NULL WHERE name = ?1",
+                     pid_start = NULL, started_ms = NULL, other_pid = NULL,
+                     other_pid_start = NULL WHERE name = ?1",
                 params![name],
             )?;
             match changed {
@@ -308,8 +369,76 @@ impl Inventory {
         self.change(
             name,
             "UPDATE vms SET revision = revision + 1, state = ?2, pid = NULL, pid_start = NULL,
-                 started_ms = NULL, last_exit = COALESCE(?3, last_exit) WHERE name = ?1",
+                 started_ms = NULL, other_pid = NULL, other_pid_start = NULL, last_exit = COALESCE(?3, last_exit) WHERE name = ?1",
             params![name, state.name(), why],
+        )
+    }
+
+    /// Notes the process of a monitor that is to take the VM over.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_handover_begins(&self, name: &str, other: (u32, u64)) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, other_pid = ?2, other_pid_start = ?3
+                 WHERE name = ?1",
+            params![name, other.0, to_sql(other.1)],
+        )
+    }
+
+    /// The decision of a handover: from now on the guest is `to`'s, and its VM is `spec`, if that
+    /// changes. `from` must be whose it was. Does not wait for the disk, because the guest waits: a
+    /// loss of power ends both monitors anyway.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`] if the guest is not `from`'s any more, or the inventory cannot be written.
+    pub fn vm_handed_over(
+        &self,
+        name: &str,
+        from: (u32, u64),
+        to: (u32, u64),
+        spec: Option<&VmSpec>,
+    ) -> Result<()> {
+        let spec = spec.map(|spec| to_json(name, spec)).transpose()?;
+        self.write_soon("hand a VM over", |tx| {
+            let changed = tx.execute(
+                "UPDATE vms SET revision = revision + 1, other_pid = pid,
+                     other_pid_start = pid_start, pid = ?2, pid_start = ?3,
+                     spec = COALESCE(?6, spec)
+                     WHERE name = ?1 AND state = 'running' AND pid = ?4 AND pid_start = ?5",
+                params![name, to.0, to_sql(to.1), from.0, to_sql(from.1), spec],
+            )?;
+            match changed {
+                0 => Err(missing(name).into()),
+                _ => Ok(()),
+            }
+        })
+    }
+
+    /// Makes certain that the guest is still `from`'s.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_handover_called_off(&self, name: &str, from: (u32, u64)) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, other_pid = NULL, other_pid_start = NULL,
+                 pid = ?2, pid_start = ?3 WHERE name = ?1",
+            params![name, from.0, to_sql(from.1)],
+        )
+    }
+
+    /// Notes that only the monitor that has the guest is left.
+    ///
+    /// # Errors
+    /// [`NoSuchVm`], or the inventory cannot be written.
+    pub fn vm_handover_ended(&self, name: &str) -> Result<()> {
+        self.change(
+            name,
+            "UPDATE vms SET revision = revision + 1, other_pid = NULL, other_pid_start = NULL
+                 WHERE name = ?1",
+            params![name],
         )
     }
 
@@ -327,6 +456,44 @@ impl Inventory {
     pub fn users_of_image(&self, image: &Location) -> Result<Vec<(String, DiskRecord)>> {
         self.read("look for an image", |db| users_of_image(db, image))
     }
+}
+
+fn add_disk(db: &Connection, vm: &str, position: u64, disk: &DiskRecord) -> Attempt<()> {
+    db.execute(
+        "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
+             read_only, created, file, format, below)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
+        params![
+            vm,
+            disk.name,
+            to_sql(position),
+            disk.slot,
+            disk.image.location.text()?,
+            disk.datastore,
+            to_sql(disk.size),
+            disk.read_only,
+            disk.created,
+            disk.file
+                .as_ref()
+                .map(|file| to_json(&disk.name, file))
+                .transpose()?,
+            disk.image.format.name(),
+            to_json(&disk.name, &disk.below)?,
+        ],
+    )?;
+    Ok(())
+}
+
+/// An export that stands for this disk of a VM, or for any of its disks.
+fn export_of(db: &Connection, vm: &str, disk: Option<&str>) -> Attempt<Option<String>> {
+    Ok(db
+        .query_row(
+            "SELECT name FROM vms WHERE of_vm = ?1 AND of_disk = COALESCE(?2, of_disk)
+                 ORDER BY name LIMIT 1",
+            params![vm, disk],
+            |row| row.get(0),
+        )
+        .optional()?)
 }
 
 pub(super) fn users_of_image(
@@ -446,13 +613,16 @@ struct Raw {
     pid: Option<u32>,
     pid_start: Option<i64>,
     started_ms: Option<i64>,
+    kind: String,
+    other_pid: Option<u32>,
+    other_pid_start: Option<i64>,
 }
 
 fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
     let raw = db
         .query_row(
-            "SELECT revision, spec, state, last_exit, pid, pid_start, started_ms
-                 FROM vms WHERE name = ?1",
+            "SELECT revision, spec, state, last_exit, pid, pid_start, started_ms, other_pid,
+                 other_pid_start, kind FROM vms WHERE name = ?1",
             [name],
             |row| {
                 Ok(Raw {
@@ -463,6 +633,9 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
                     pid: row.get(4)?,
                     pid_start: row.get(5)?,
                     started_ms: row.get(6)?,
+                    other_pid: row.get(7)?,
+                    other_pid_start: row.get(8)?,
+                    kind: row.get(9)?,
                 })
             },
         )
@@ -485,10 +658,21 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
         .query_map([name], nic)?
         .collect::<rusqlite::Result<_>>()?;
     let record = format!("VM '{name}'");
+    let what = match raw.kind.as_str() {
+        "vm" => Workload::Vm(from_json(&record, &raw.spec)?),
+        "export" => Workload::Export(from_json(&record, &raw.spec)?),
+        other => {
+            return Err(Observation::from(InventoryCorrupt {
+                record,
+                reason: format!("its kind is '{other}'"),
+            })
+            .into());
+        }
+    };
     Ok(VmRecord {
         name: name.to_owned(),
         revision: from_sql(raw.revision),
-        spec: from_json(&record, &raw.spec)?,
+        what,
         state: StoredState::parse(&raw.state).ok_or_else(|| {
             Observation::from(InventoryCorrupt {
                 record: record.clone(),
@@ -500,6 +684,7 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
             .map(|why| from_json(&record, &why))
             .transpose()?,
         process: raw.pid.zip(raw.pid_start.map(from_sql)),
+        other_process: raw.other_pid.zip(raw.other_pid_start.map(from_sql)),
         started_ms: raw.started_ms.map(from_sql),
         disks,
         nics,

@@ -116,12 +116,23 @@ pub(crate) struct Greeting {
     pub(crate) vm: Option<String>,
     /// Its process, as this host counts.
     pub(crate) pid: Option<u32>,
+    /// The version of its binary.
+    pub(crate) version: String,
 }
 
-/// A reply and the process that sent it.
+/// A reply, its descriptors, and the process that sent it.
 struct Answer {
     reply: Reply,
+    fds: Vec<OwnedFd>,
     pid: Option<u32>,
+}
+
+/// A request that was sent and is waited for later.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    name: &'static str,
+    id: u64,
+    receiver: Receiver<Answer>,
 }
 
 /// Who waits for which reply; `None` once the connection has ended.
@@ -235,10 +246,11 @@ impl Connection {
             Reply::Hello {
                 version: PROTOCOL_VERSION,
                 vm,
-                ..
+                monitor,
             } => Ok(Greeting {
                 vm,
                 pid: answer.pid,
+                version: monitor,
             }),
             Reply::Hello {
                 version, monitor, ..
@@ -256,12 +268,34 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         patience: Duration,
     ) -> Result<Reply> {
-        match self.ask(name, request, fds, patience)?.reply {
-            Reply::Failed(seen) => Err(seen).because_of(|| MonitorRefused {
-                request: name.to_owned(),
-            }),
-            reply => Ok(reply),
-        }
+        done(name, self.ask(name, request, fds, patience)?).map(|(reply, _)| reply)
+    }
+
+    /// As [`call`](Self::call), for a reply that comes with descriptors.
+    pub(crate) fn call_for_fds(
+        &self,
+        name: &'static str,
+        request: Request,
+        patience: Duration,
+    ) -> Result<(Reply, Vec<OwnedFd>)> {
+        done(name, self.ask(name, request, &[], patience)?)
+    }
+
+    /// Sends a request and does not wait for its reply: [`finish`](Self::finish) does.
+    pub(crate) fn begin(
+        &self,
+        name: &'static str,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Begun> {
+        let (id, receiver) = self.send(name, request, fds)?;
+        Ok(Begun { name, id, receiver })
+    }
+
+    /// Waits for the reply to a request that was begun on this connection.
+    pub(crate) fn finish(&self, begun: Begun, patience: Duration) -> Result<Reply> {
+        let Begun { name, id, receiver } = begun;
+        done(name, self.wait(name, id, &receiver, patience)?).map(|(reply, _)| reply)
     }
 
     fn ask(
@@ -271,6 +305,16 @@ impl Connection {
         fds: &[BorrowedFd<'_>],
         patience: Duration,
     ) -> Result<Answer> {
+        let (id, receiver) = self.send(name, request, fds)?;
+        self.wait(name, id, &receiver, patience)
+    }
+
+    fn send(
+        &self,
+        name: &'static str,
+        request: Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(u64, Receiver<Answer>)> {
         let lost = || MonitorLost {
             request: name.to_owned(),
         };
@@ -286,6 +330,19 @@ impl Connection {
             self.forget(id);
             return Err(seen).because_of(lost);
         }
+        Ok((id, receiver))
+    }
+
+    fn wait(
+        &self,
+        name: &'static str,
+        id: u64,
+        receiver: &Receiver<Answer>,
+        patience: Duration,
+    ) -> Result<Answer> {
+        let lost = || MonitorLost {
+            request: name.to_owned(),
+        };
         match receiver.recv_timeout(patience) {
             Ok(answer) => Ok(answer),
             Err(RecvTimeoutError::Disconnected) => Err(lost().into()),
@@ -318,6 +375,16 @@ impl Drop for Connection {
     }
 }
 
+/// What was answered; a refusal is an error.
+fn done(name: &str, answer: Answer) -> Result<(Reply, Vec<OwnedFd>)> {
+    match answer.reply {
+        Reply::Failed(seen) => Err(seen).because_of(|| MonitorRefused {
+            request: name.to_owned(),
+        }),
+        reply => Ok((reply, answer.fds)),
+    }
+}
+
 fn lock(waiting: &Waiting) -> std::sync::MutexGuard<'_, Option<HashMap<u64, SyncSender<Answer>>>> {
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -333,6 +400,7 @@ fn dispatch(received: Received, waiting: &Waiting, events: &EventSink) -> bool {
             if let Some(caller) = caller {
                 let _ = caller.try_send(Answer {
                     reply,
+                    fds: received.fds,
                     pid: received.pid,
                 });
             }

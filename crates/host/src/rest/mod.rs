@@ -17,8 +17,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use strake_api::job::JobId;
-use strake_api::rest::{AddDatastore, Consolidate, CreateVm, MigrateDisk, StopVm, TakeSnapshot};
+use strake_api::job::{JobId, LimitsChange};
+use strake_api::rest::{
+    AddDatastore, Consolidate, CreateExport, CreateVm, MigrateDisk, RestartVm, StopVm, TakeSnapshot,
+};
 use strake_observe::{Observation, Result};
 
 use crate::Host;
@@ -37,6 +39,7 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}", get(vm).delete(remove))
         .route("/v1/vms/{name}/start", post(start))
         .route("/v1/vms/{name}/stop", post(stop))
+        .route("/v1/vms/{name}/restart", post(restart))
         .route("/v1/vms/{name}/log", get(log))
         .route("/v1/vms/{name}/console", post(console::attach))
         .route("/v1/vms/{name}/disks/{disk}/migrate", post(migrate))
@@ -56,6 +59,12 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
         .route("/v1/jobs", get(jobs))
         .route("/v1/jobs/{id}", get(job))
         .route("/v1/jobs/{id}/cancel", post(cancel))
+        .route("/v1/jobs/{id}/pause", post(pause_job))
+        .route("/v1/jobs/{id}/resume", post(resume_job))
+        .route("/v1/jobs/{id}/set", post(set_job))
+        .route("/v1/exports", get(exports).post(create_export))
+        .route("/v1/exports/{name}", get(export).delete(remove_export))
+        .route("/v1/exports/{name}/start", post(start_export))
         .route("/v1/datastores", get(datastores).post(add_datastore))
         .route("/v1/datastores/{name}", delete(remove_datastore))
         .route("/v1/observations", get(observations))
@@ -133,6 +142,22 @@ async fn stop(State(host): Shared, Path(name): Path<String>, bytes: Bytes) -> An
         body(&bytes)?
     };
     answer(host, StatusCode::OK, move |host| host.stop(&name, &how)).await
+}
+
+async fn restart(State(host): Shared, Path(name): Path<String>, bytes: Bytes) -> Answer {
+    let how: RestartVm = if bytes.is_empty() {
+        RestartVm::default()
+    } else {
+        body(&bytes)?
+    };
+    answer(host, StatusCode::OK, move |host| {
+        if how.fast {
+            host.restart_fast(&name, None)
+        } else {
+            host.restart(&name, &how)
+        }
+    })
+    .await
 }
 
 async fn log(State(host): Shared, Path(name): Path<String>, RawQuery(raw): RawQuery) -> Answer {
@@ -217,6 +242,50 @@ async fn cancel(State(host): Shared, Path(id): Path<String>) -> Answer {
         host.cancel_job(&JobId(id))
     })
     .await
+}
+
+async fn pause_job(State(host): Shared, Path(id): Path<String>) -> Answer {
+    answer(host, StatusCode::OK, move |host| host.pause_job(&JobId(id))).await
+}
+
+async fn resume_job(State(host): Shared, Path(id): Path<String>) -> Answer {
+    answer(host, StatusCode::OK, move |host| {
+        host.resume_job(&JobId(id))
+    })
+    .await
+}
+
+async fn set_job(State(host): Shared, Path(id): Path<String>, bytes: Bytes) -> Answer {
+    let change: LimitsChange = body(&bytes)?;
+    answer(host, StatusCode::OK, move |host| {
+        host.set_job(&JobId(id), &change)
+    })
+    .await
+}
+
+async fn exports(State(host): Shared) -> Answer {
+    answer(host, StatusCode::OK, |host| host.exports()).await
+}
+
+async fn create_export(State(host): Shared, bytes: Bytes) -> Answer {
+    let request: CreateExport = body(&bytes)?;
+    answer(host, StatusCode::CREATED, move |host| {
+        host.create_export(&request)
+    })
+    .await
+}
+
+async fn export(State(host): Shared, Path(name): Path<String>) -> Answer {
+    answer(host, StatusCode::OK, move |host| host.export(&name)).await
+}
+
+async fn start_export(State(host): Shared, Path(name): Path<String>) -> Answer {
+    answer(host, StatusCode::OK, move |host| host.start_export(&name)).await
+}
+
+async fn remove_export(State(host): Shared, Path(name): Path<String>) -> Answer {
+    blocking(host, move |host| host.remove_export(&name)).await?;
+    Ok(StatusCode::NO_CONTENT.into_response())
 }
 
 async fn datastores(State(host): Shared) -> Answer {

@@ -41,6 +41,7 @@ fn known(seen: &Observation) -> Option<StatusCode> {
 fn own(id: &str) -> Option<StatusCode> {
     Some(match id {
         "host.no-such-vm"
+        | "host.no-such-export"
         | "host.no-such-disk"
         | "host.no-such-datastore"
         | "host.no-such-snapshot"
@@ -57,6 +58,9 @@ fn own(id: &str) -> Option<StatusCode> {
         | "host.destination-too-small" => StatusCode::UNPROCESSABLE_ENTITY,
         "host.vm-exists"
         | "host.datastore-exists"
+        | "host.not-a-vm"
+        | "host.disk-exported"
+        | "host.listen-refused"
         | "host.datastore-in-use"
         | "host.image-in-use"
         | "host.nic-conflict"

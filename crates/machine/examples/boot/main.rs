@@ -158,6 +158,7 @@ fn configuration(options: &Options) -> Result<(MachineConfig, Vec<OwnedFd>)> {
                 .try_clone_to_owned()
                 .os("dup", "standard output")?,
         ),
+        observations: None,
     };
     Ok((config, fds))
 }

@@ -91,7 +91,9 @@ fn deep(body: &Body) -> bool {
             end(&status.state).is_some_and(exceeds) || failures.into_iter().any(exceeds)
         }
         Body::Event(Event::State(state)) => end(state).is_some_and(exceeds),
-        Body::Reply(Reply::Done | Reply::Hello { .. })
+        Body::Reply(
+            Reply::Done | Reply::Hello { .. } | Reply::Lent(_) | Reply::TookOver { .. },
+        )
         | Body::Event(Event::JobAwaitsCommit { .. }) => false,
     }
 }

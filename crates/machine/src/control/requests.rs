@@ -1,8 +1,11 @@
 //! What each request does.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use strake_api::control::{Body, ExitReason, PROTOCOL_VERSION, Reply, Request, RunState, VmStatus};
+use strake_api::control::{
+    Body, ExitReason, Lent, PROTOCOL_VERSION, Reply, Request, RunState, VmStatus,
+};
 use strake_block::Access;
 use strake_observe::{Observation, Result};
 
@@ -13,16 +16,30 @@ use crate::{ConsolidateRequest, Descriptors, Machine, MigrationRequest, Snapshot
 
 impl Server {
     /// Does what a packet asks. Descriptors that the request does not use are closed.
-    pub(super) fn answer(&mut self, body: Body, fds: Descriptors) -> Reply {
-        let Body::Request(request) = body else {
-            return Reply::Failed(
+    pub(super) fn answer(&mut self, body: Body, fds: Descriptors) -> (Reply, Vec<OwnedFd>) {
+        let alone = |reply| (reply, Vec::new());
+        match body {
+            Body::Request(Request::Lend) => match self.lend() {
+                Ok((lent, fds)) => (Reply::Lent(lent), fds),
+                Err(seen) => alone(Reply::Failed(seen)),
+            },
+            Body::Request(request) => {
+                alone(self.perform(request, fds).unwrap_or_else(Reply::Failed))
+            }
+            _ => alone(Reply::Failed(
                 BadPacket {
                     reason: "it is not a request".to_owned(),
                 }
                 .into(),
-            );
-        };
-        self.perform(request, fds).unwrap_or_else(Reply::Failed)
+            )),
+        }
+    }
+
+    fn lend(&self) -> Result<(Lent, Vec<OwnedFd>)> {
+        if !self.greeted() {
+            return Err(HelloMissing {}.into());
+        }
+        self.live("lend what it has")?.lend()
     }
 
     fn perform(&mut self, request: Request, mut fds: Descriptors) -> Result<Reply> {
@@ -40,6 +57,12 @@ impl Server {
                 }
                 self.machine = Some(Machine::build(*config, &mut fds, &self.mailbox)?);
             }
+            Request::ConfigureExport(config) => {
+                if self.machine.is_some() {
+                    return Err(self.wrong_state("configure an export"));
+                }
+                self.machine = Some(Machine::export(*config, &mut fds, &self.mailbox)?);
+            }
             Request::Status => return Ok(Reply::Status(self.status())),
             Request::Stop => self.mailbox.exit(ExitReason::Stopped),
             Request::Dismiss => self.dismiss()?,
@@ -50,6 +73,29 @@ impl Server {
             Request::AttachConsole { stream } => {
                 let stream = fds.take(stream, "the console")?;
                 self.live("attach a console")?.attach_console(stream)?;
+            }
+            Request::Lend => {
+                return Err(BadPacket {
+                    reason: "it was answered elsewhere".to_owned(),
+                }
+                .into());
+            }
+            Request::HandOver { records } => {
+                let records = fds.take(records, "the records")?;
+                self.live("hand the guest over")?.hand_over(records)?;
+            }
+            Request::CallOff => self.live("call the handover off")?.call_off()?,
+            Request::Retire => {
+                self.any("retire")?.may_retire()?;
+                self.retire();
+            }
+            Request::Receive { records } => {
+                let records = fds.take(records, "the records")?;
+                self.live("receive a guest")?.receive(records)?;
+            }
+            Request::TakeOver => {
+                let pause_us = self.live("take a guest over")?.take_over()?;
+                return Ok(Reply::TookOver { pause_us });
             }
             Request::MigrateDisk {
                 job,
@@ -103,6 +149,11 @@ impl Server {
                 return Ok(Reply::Job(self.any("tell about a job")?.job_status(&job)?));
             }
             Request::CancelJob { job } => self.any("cancel a job")?.cancel_job(&job)?,
+            Request::PauseJob { job } => self.any("pause a job")?.pause_job(&job)?,
+            Request::ResumeJob { job } => self.any("resume a job")?.resume_job(&job)?,
+            Request::SetJob { job, change } => {
+                self.any("change a job's limits")?.set_job(&job, &change)?;
+            }
             Request::JobDecision { job, committed } => {
                 self.any("decide a job")?.decide_job(&job, committed)?;
             }

@@ -215,9 +215,9 @@ impl Server {
         let Some(session) = &self.session else {
             return;
         };
-        let (id, reply) = match session.receive() {
+        let (id, (reply, fds)) = match session.receive() {
             Ok(Received::Packet(packet, fds)) => (packet.id, self.answer(packet.body, fds)),
-            Ok(Received::Damaged(id, seen)) => (id, Reply::Failed(seen)),
+            Ok(Received::Damaged(id, seen)) => (id, (Reply::Failed(seen), Vec::new())),
             Ok(Received::Nothing) => return,
             Ok(Received::Closed) => return self.hang_up(),
             Err(seen) => {
@@ -232,7 +232,7 @@ impl Server {
         let Some(session) = &mut self.session else {
             return;
         };
-        let life = session.reply(id, reply);
+        let life = session.reply(id, reply, fds);
         if hello && !session.greeted {
             session.greeted = true;
             self.mailbox.set_heard();
@@ -336,6 +336,15 @@ impl Server {
                 (known || nobody || since.elapsed() >= LINGER_LIMIT).then(|| reason.clone())
             }
         }
+    }
+
+    /// The guest runs in another monitor: nothing is stopped or flushed, the process only ends.
+    pub(super) fn retire(&mut self) {
+        self.dismissed = true;
+        self.end = End::Telling {
+            reason: ExitReason::Stopped,
+            since: Instant::now(),
+        };
     }
 
     /// A daemon says that it knows of the end.

@@ -5,6 +5,7 @@
 //! this one was not told.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use strake_api::control::{Body, Event, Packet, Reply};
@@ -23,7 +24,7 @@ const BACKLOG_MAX: usize = 256;
 pub(super) struct Session {
     connection: Arc<Connection>,
     /// Replies.
-    backlog: VecDeque<Packet>,
+    backlog: VecDeque<(Packet, Vec<OwnedFd>)>,
     /// Whether an event waits in the mailbox for the daemon to read.
     full: bool,
     /// Whether the daemon said hello: events come only afterwards.
@@ -64,11 +65,9 @@ impl Session {
         self.full || !self.backlog.is_empty()
     }
 
-    pub(super) fn reply(&mut self, id: u64, reply: Reply) -> Life {
-        self.backlog.push_back(Packet {
-            id,
-            body: Body::Reply(reply),
-        });
+    pub(super) fn reply(&mut self, id: u64, reply: Reply, fds: Vec<OwnedFd>) -> Life {
+        let body = Body::Reply(reply);
+        self.backlog.push_back((Packet { id, body }, fds));
         self.flush()
     }
 
@@ -123,8 +122,9 @@ impl Session {
 
     /// Sends the replies that wait, as far as the daemon takes them.
     pub(super) fn flush(&mut self) -> Life {
-        while let Some(packet) = self.backlog.front() {
-            match self.connection.send(packet) {
+        while let Some((packet, fds)) = self.backlog.front() {
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            match self.connection.send_with(packet, &fds) {
                 Ok(Sent::Done) => {}
                 Ok(Sent::Full) => break,
                 Ok(Sent::Closed) => return Life::Over,

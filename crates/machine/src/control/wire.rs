@@ -28,6 +28,7 @@ pub struct Connection {
 
 /// What [`Connection::receive`] found.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // there is one at a time
 pub enum Received {
     /// A packet.
     Packet(Packet, Descriptors),

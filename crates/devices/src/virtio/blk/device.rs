@@ -189,7 +189,7 @@ impl VirtioDevice for VirtioBlk {
         for active in activation.queues.into_iter().flatten() {
             let queue = self
                 .disk
-                .queue(u32::from(QUEUE_SIZE))
+                .queue(u32::from(active.queue.size()))
                 .because_of(|| DeviceUnusable {
                     device: self.name.clone(),
                     doing: "opening a queue of its disk".to_owned(),

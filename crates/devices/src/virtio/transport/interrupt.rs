@@ -5,10 +5,11 @@
 //! idle, the ISR is a set of bits, the generation only has to differ when it matters.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use strake_observe::{State, recorder};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::super::worker::Fault;
 use crate::pci::Msix;
@@ -26,7 +27,7 @@ pub(crate) struct Interrupter(Arc<Shared>);
 
 struct Shared {
     device: String,
-    msix: Arc<Msix>,
+    way: Way,
     isr: AtomicU8,
     generation: AtomicU8,
     needs_reset: AtomicBool,
@@ -34,6 +35,29 @@ struct Shared {
     config_vector: AtomicU16,
     queue_vectors: Vec<AtomicU16>,
     reports: Throttle,
+}
+
+/// How interrupts reach the driver.
+enum Way {
+    /// As messages of a PCI function.
+    Msix(Arc<Msix>),
+    /// As events of a front-end (vhost-user).
+    Calls(Calls),
+}
+
+/// The events of each queue. A front-end replaces them at any time; the mutex is the queue's own and
+/// held for one write.
+struct Calls {
+    calls: Vec<Mutex<Option<EventFd>>>,
+    errors: Vec<Mutex<Option<EventFd>>>,
+}
+
+fn signal(event: Option<&Mutex<Option<EventFd>>>) {
+    let event = event.map(|event| event.lock().unwrap_or_else(PoisonError::into_inner));
+    if let Some(event) = event.as_ref().and_then(|event| event.as_ref()) {
+        // A full counter is a signal as well.
+        let _ = event.write(1);
+    }
 }
 
 impl fmt::Debug for Interrupter {
@@ -44,10 +68,24 @@ impl fmt::Debug for Interrupter {
 
 impl Interrupter {
     pub(crate) fn new(device: &str, msix: Arc<Msix>, queues: u16) -> Self {
+        Self::with(device, Way::Msix(msix), queues)
+    }
+
+    /// One for a front-end that names its events later.
+    pub(crate) fn with_calls(device: &str, queues: usize) -> Self {
+        let none = || (0..queues).map(|_| Mutex::default()).collect();
+        let calls = Calls {
+            calls: none(),
+            errors: none(),
+        };
+        Self::with(device, Way::Calls(calls), 0)
+    }
+
+    fn with(device: &str, way: Way, queues: u16) -> Self {
         let none = || AtomicU16::new(NO_VECTOR);
         Self(Arc::new(Shared {
             device: device.to_owned(),
-            msix,
+            way,
             isr: AtomicU8::new(0),
             generation: AtomicU8::new(0),
             needs_reset: AtomicBool::new(false),
@@ -60,17 +98,38 @@ impl Interrupter {
 
     /// Chains of the queue were completed.
     pub(crate) fn queue(&self, index: u16) {
-        self.0.isr.fetch_or(ISR_QUEUE, Ordering::Relaxed);
-        self.0.msix.trigger(self.queue_vector(index));
+        match &self.0.way {
+            Way::Msix(msix) => {
+                self.0.isr.fetch_or(ISR_QUEUE, Ordering::Relaxed);
+                msix.trigger(self.queue_vector(index));
+            }
+            Way::Calls(events) => signal(events.calls.get(usize::from(index))),
+        }
+    }
+
+    /// From now on the queue interrupts by this event, or not at all.
+    pub(crate) fn set_call(&self, index: usize, event: Option<EventFd>) {
+        if let Way::Calls(events) = &self.0.way {
+            set(&events.calls, index, event);
+        }
+    }
+
+    /// From now on the queue says by this event that it cannot go on.
+    pub(crate) fn set_error(&self, index: usize, event: Option<EventFd>) {
+        if let Way::Calls(events) = &self.0.way {
+            set(&events.errors, index, event);
+        }
     }
 
     /// The device's configuration changed.
     pub(crate) fn config_changed(&self) {
         self.0.generation.fetch_add(1, Ordering::Release);
-        if self.0.driver_ready.load(Ordering::Acquire) {
+        if self.0.driver_ready.load(Ordering::Acquire)
+            && let Way::Msix(msix) = &self.0.way
+        {
             self.0.isr.fetch_or(ISR_CONFIG, Ordering::Relaxed);
             let vector = self.0.config_vector.load(Ordering::Acquire);
-            self.0.msix.trigger(vector);
+            msix.trigger(vector);
         }
     }
 
@@ -87,6 +146,11 @@ impl Interrupter {
                 recorder().record(fault.observed(&self.0.device), State::Open);
             }
             self.config_changed();
+        }
+        if let Way::Calls(events) = &self.0.way {
+            for event in &events.errors {
+                signal(Some(event));
+            }
         }
     }
 
@@ -130,11 +194,11 @@ impl Interrupter {
 
     /// A vector that does not exist is none, which the driver sees when it reads it back.
     fn existing(&self, vector: u16) -> u16 {
-        if vector < self.0.msix.vectors() {
-            vector
-        } else {
-            NO_VECTOR
-        }
+        let vectors = match &self.0.way {
+            Way::Msix(msix) => msix.vectors(),
+            Way::Calls(_) => 0,
+        };
+        if vector < vectors { vector } else { NO_VECTOR }
     }
 
     /// ISR, generation, whether a reset is needed, whether the driver is ready.
@@ -164,6 +228,12 @@ impl Interrupter {
         for vector in &self.0.queue_vectors {
             vector.store(NO_VECTOR, Ordering::Release);
         }
+    }
+}
+
+fn set(events: &[Mutex<Option<EventFd>>], index: usize, event: Option<EventFd>) {
+    if let Some(place) = events.get(index) {
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = event;
     }
 }
 

@@ -64,18 +64,10 @@ fn counted(seen: &Observation) -> u64 {
 
 fn job(passes: usize, failure: Option<Observation>) -> MigrationStatus {
     MigrationStatus {
-        job: JobId("j1".into()),
-        disk: "root".into(),
         phase: Phase::Failed,
-        size_bytes: 1,
         passes: vec![PassReport::default(); passes],
-        throughput: 0,
-        expected_pause_ms: None,
-        pause_ms: None,
-        elapsed_ms: 0,
-        method: None,
-        overlay: None,
         failure,
+        ..MigrationStatus::new(JobId("j1".into()), "root".into(), 1)
     }
 }
 

@@ -54,6 +54,17 @@ pub(super) fn spin() -> Vec<u8> {
     vec![0xeb, 0xfe]
 }
 
+/// Counts the 32 bits at [`COUNTER`] up for ever.
+pub(super) fn count() -> Vec<u8> {
+    let mut code = vec![0xbf]; // mov edi, COUNTER
+    code.extend(COUNTER.to_le_bytes());
+    code.extend([0xff, 0x07, 0xeb, 0xfc]); // inc dword [edi]; jmp back
+    code
+}
+
+/// Where [`count`] counts.
+pub(super) const COUNTER: u32 = 0x20_0000;
+
 /// An ELF file with `code` at its PVH entry.
 pub(super) fn elf(parts: &[Vec<u8>]) -> Vec<u8> {
     const HEADERS: u64 = 64 + 2 * 56;

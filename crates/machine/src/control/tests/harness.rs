@@ -17,8 +17,8 @@ use strake_api::control::{
 };
 use strake_observe::Result;
 
-use crate::Mailbox;
 use crate::control::{Connection, Received, Sent, Server, ServerConfig};
+use crate::{Descriptors, Mailbox};
 
 /// How long anything may take here.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -168,6 +168,7 @@ impl Monitor {
             nics: Vec::new(),
             console: ConsoleKind::default(),
             console_log: FdIndex(3),
+            observations: None,
         };
         (config, fds)
     }
@@ -179,6 +180,12 @@ impl Daemon {
     }
 
     pub(super) fn ask_with(&mut self, request: Request, fds: &[OwnedFd]) -> Reply {
+        let id = self.send(request, fds);
+        self.answer(id)
+    }
+
+    /// Sends a request whose answer is for later.
+    pub(super) fn send(&mut self, request: Request, fds: &[OwnedFd]) -> u64 {
         let id = self.next;
         self.next += 1;
         let fds: Vec<_> = fds.iter().map(OwnedFd::as_fd).collect();
@@ -190,19 +197,34 @@ impl Daemon {
             self.connection.send_with(&packet, &fds).unwrap(),
             Sent::Done
         );
+        id
+    }
+
+    /// The answer to [`send`](Self::send).
+    pub(super) fn answer(&mut self, id: u64) -> Reply {
+        self.answer_with_fds(id).0
+    }
+
+    pub(super) fn answer_with_fds(&mut self, id: u64) -> (Reply, Descriptors) {
         loop {
-            match self.receive().expect("the server hung up") {
-                Packet {
-                    id: found,
-                    body: Body::Reply(reply),
-                } => {
+            match self.receive_with_fds().expect("the server hung up") {
+                (
+                    Packet {
+                        id: found,
+                        body: Body::Reply(reply),
+                    },
+                    fds,
+                ) => {
                     assert_eq!(found, id);
-                    return reply;
+                    return (reply, fds);
                 }
-                Packet {
-                    id: 0,
-                    body: Body::Event(event),
-                } => self.events.push(event),
+                (
+                    Packet {
+                        id: 0,
+                        body: Body::Event(event),
+                    },
+                    _,
+                ) => self.events.push(event),
                 other => panic!("{other:?}"),
             }
         }
@@ -229,6 +251,10 @@ impl Daemon {
 
     /// The next packet; none if the server hung up.
     pub(super) fn receive(&self) -> Option<Packet> {
+        self.receive_with_fds().map(|(packet, _)| packet)
+    }
+
+    fn receive_with_fds(&self) -> Option<(Packet, Descriptors)> {
         loop {
             let mut fds = [PollFd::from_borrowed_fd(
                 self.connection.as_fd(),
@@ -241,7 +267,7 @@ impl Daemon {
             let ready = poll(&mut fds, Some(&patience)).unwrap();
             assert!(ready > 0, "nothing came");
             match self.connection.receive().unwrap() {
-                Received::Packet(packet, _) => return Some(packet),
+                Received::Packet(packet, fds) => return Some((packet, fds)),
                 Received::Closed => return None,
                 Received::Nothing => {}
                 Received::Damaged(_, seen) => panic!("{seen}"),

@@ -3,6 +3,7 @@
 
 mod fit;
 mod guests;
+mod handover;
 mod harness;
 mod life;
 mod protocol;
