@@ -157,6 +157,9 @@ pub enum Request {
         journal: FdIndex,
         /// Limits.
         limits: MigrationLimits,
+        /// Where the job keeps what it takes to be taken up again.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep: Option<KeepConfig>,
     },
     /// Takes a snapshot: puts a new, empty image over the disk's own, and asks for the commit as a
     /// migration does ([`Event::JobAwaitsCommit`]); until then nothing is written to it. Answered by
@@ -218,6 +221,17 @@ pub enum Request {
         /// Whether the binding record now names the destination.
         committed: bool,
     },
+}
+
+/// Where a job keeps its progress, beside its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeepConfig {
+    /// An empty file.
+    New(FdIndex),
+    /// What an earlier run of the job has left; destination and journal are those of that run. Only before
+    /// [`Request::Start`].
+    Again(FdIndex),
 }
 
 /// What a monitor answers.

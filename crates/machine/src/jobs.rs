@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use strake_api::control::{Event, LayerConfig};
 use strake_api::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus, Phase};
-use strake_block::{Covered, Image, LiveDisk, MakeCover, Migration, SwitchHooks};
+use strake_block::{Covered, Image, Keep, LiveDisk, MakeCover, Migration, SwitchHooks};
 use strake_observe::Result;
 
 use crate::images;
@@ -41,6 +41,8 @@ pub struct MigrationRequest {
     pub journal: OwnedFd,
     /// Limits.
     pub limits: MigrationLimits,
+    /// Whether it can be taken up again.
+    pub keep: Keep,
 }
 
 /// What a snapshot needs.
@@ -171,7 +173,8 @@ impl Jobs {
         self.begin(&id, &name, disks, machine, mailbox, |disk, hooks| {
             let journal = File::from(request.journal);
             let to = request.destination;
-            Migration::start(disk, to, journal, request.job, request.limits, hooks)
+            let (keep, job, limits) = (request.keep, request.job, request.limits);
+            Migration::start_kept(disk, to, journal, keep, job, limits, hooks)
         })
     }
 
@@ -288,15 +291,16 @@ impl Jobs {
             .collect()
     }
 
-    /// Ends what still copies. A job that awaits its commit stays as it is.
-    pub(crate) fn cancel_all(&self) {
+    /// Ends what still copies, so that the VM's next run can take it up again. A job that awaits its
+    /// commit stays as it is.
+    pub(crate) fn interrupt_all(&self) {
         let jobs = self.lock();
         let end = Instant::now() + CANCEL_LIMIT;
         // All are asked before one is waited for.
         let asked: Vec<_> = jobs
             .iter()
             .filter(|(_, migration)| !migration.status().phase.is_final())
-            .filter(|(_, migration)| migration.cancel().is_ok())
+            .filter(|(_, migration)| migration.interrupt().is_ok())
             .collect();
         for (_, migration) in asked {
             while !migration.status().phase.is_final() && Instant::now() < end {
@@ -357,7 +361,7 @@ mod tests {
             method: None,
             progress: Progress::Paused,
             latency: Some(Box::default()),
-            kept_bytes: Some(u64::MAX),
+            kept: Some(Box::default()),
             overlay: None,
             failure: None,
         };

@@ -205,12 +205,14 @@ impl Machine {
                 disk,
                 destination,
                 journal,
+                keep,
                 ..
             } => {
                 let late = self.told("accept-late") && self.jobs.len() == 2;
                 let order = Order {
                     job,
                     disk,
+                    keep,
                     to: To::Copy {
                         destination,
                         journal,
@@ -227,13 +229,25 @@ impl Machine {
                 job, disk, overlay, ..
             } => {
                 let to = To::Cover(overlay);
-                self.migrate(Order { job, disk, to }, fds, &mut events)
+                let order = Order {
+                    job,
+                    disk,
+                    keep: None,
+                    to,
+                };
+                self.migrate(order, fds, &mut events)
             }
             Request::ConsolidateDisk {
                 job, disk, below, ..
             } => {
                 let to = To::Below(below);
-                self.migrate(Order { job, disk, to }, fds, &mut events)
+                let order = Order {
+                    job,
+                    disk,
+                    keep: None,
+                    to,
+                };
+                self.migrate(order, fds, &mut events)
             }
             Request::JobStatus { job } => match self.job(&job) {
                 Some(job) => Reply::Job(job.status.clone()),

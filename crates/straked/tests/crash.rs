@@ -159,6 +159,7 @@ fn every_crash_point_is_walked() {
         include_str!("crash.rs"),
         include_str!("restart.rs"),
         include_str!("fast_restart.rs"),
+        include_str!("interrupted.rs"),
         include_str!("profiles.rs"),
         include_str!("snapshot_crash.rs"),
     ]

@@ -7,16 +7,17 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use rustix::io::Errno;
-use strake_api::control::{LayerConfig, Request};
+use strake_api::control::{KeepConfig, LayerConfig, Request};
 use strake_api::image::{ImageFormat, LayerAccess};
-use strake_api::job::JobKind;
+use strake_api::job::{JobKind, Space};
 use strake_block::lock::{self, Share};
 use strake_observe::{Because, OsContext, Result};
 use strake_qcow2::{CreateOptions, Format};
 
 use super::commit::{journal_path, unnamed_path};
+use super::interrupted::create_kept;
 use crate::config::show;
 use crate::inventory::{JobFiles, JobRecord, NewJob};
 use crate::monitor::descriptors::Descriptors;
@@ -31,16 +32,17 @@ use crate::{Binding, FileIdentity};
 pub(super) struct Files {
     pub(super) destination: OwnedFd,
     journal: Option<OwnedFd>,
+    kept: Option<OwnedFd>,
     pub(super) known: JobFiles,
 }
 
 impl Files {
     /// Makes the files of a job, or opens the one that it writes to; `below` is what a new image is
     /// based on.
-    pub(super) fn make(new: &NewJob, below: Option<&Binding>) -> Result<Self> {
+    pub(super) fn make(new: &NewJob, job: &JobRecord, below: Option<&Binding>) -> Result<Self> {
         let destination = new.destination.file()?;
         match new.kind {
-            JobKind::Migrate => Self::create(new, destination),
+            JobKind::Migrate => Self::create(new, job, destination),
             JobKind::Snapshot | JobKind::Revert => {
                 let unnamed = unnamed_path(destination);
                 let options = overlay(new, destination, below)?;
@@ -52,9 +54,11 @@ impl Files {
                 Ok(Self {
                     destination: made.fd,
                     journal: None,
+                    kept: None,
                     known: JobFiles {
                         destination: made.identity,
                         journal: None,
+                        kept: None,
                     },
                 })
             }
@@ -64,16 +68,18 @@ impl Files {
                     known: JobFiles {
                         destination: FileIdentity::of(&file, destination)?,
                         journal: None,
+                        kept: None,
                     },
                     destination: file.into(),
                     journal: None,
+                    kept: None,
                 })
             }
         }
     }
 
     /// An empty destination with its journal.
-    fn create(new: &NewJob, destination: &Path) -> Result<Self> {
+    fn create(new: &NewJob, job: &JobRecord, destination: &Path) -> Result<Self> {
         let unnamed = unnamed_path(destination);
         let path = journal_path(destination);
         let not_created = || ImageNotCreated {
@@ -86,6 +92,15 @@ impl Files {
         let format = new.destination.format;
         let made = image::create_for(destination, &unnamed, format, new.size)?;
         let guard = Created::new(&unnamed, &made.identity);
+        if new.limits.space == Space::Thick {
+            fallocate(&made.fd, FallocateFlags::empty(), 0, new.size)
+                .map_err(std::io::Error::from)
+                .os("fallocate", unnamed.display())
+                .because_of(|| ImageNotCreated {
+                    path: show(&unnamed),
+                    size: new.size,
+                })?;
+        }
         let journal = OpenOptions::new()
             .read(true)
             .write(true)
@@ -108,14 +123,17 @@ impl Files {
         if let Some(directory) = path.parent() {
             store::sync(directory).because_of(not_created)?;
         }
+        let (kept, kept_identity) = create_kept(job).unzip();
         journal_guard.keep();
         guard.keep();
         Ok(Self {
             destination: made.fd,
             journal: Some(journal.into()),
+            kept,
             known: JobFiles {
                 destination: made.identity,
                 journal: Some(identity),
+                kept: kept_identity,
             },
         })
     }
@@ -136,6 +154,13 @@ impl Files {
                     destination: image.give(fds)?,
                     journal: fds.add(journal)?,
                     limits,
+                    keep: match &self.kept {
+                        Some(kept) => {
+                            let kept = kept.try_clone().os("dup", "a job's progress")?;
+                            Some(KeepConfig::New(fds.add(kept)?))
+                        }
+                        None => None,
+                    },
                 })
             }
             (JobKind::Snapshot, _) => Ok(Request::SnapshotDisk {

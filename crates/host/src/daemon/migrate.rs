@@ -12,13 +12,14 @@ use std::time::Duration;
 use strake_api::control::{Reply, Request};
 use strake_api::image::ImageFormat;
 use strake_api::job::{
-    JobId, JobKind, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase,
+    JobId, JobKind, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase, Space,
 };
 use strake_api::rest::{Job, MigrateDisk};
 use strake_observe::{Because, OsContext, Result};
 
 use super::commit::{journal_path, unnamed_path};
 use super::files::{self, Files};
+use super::interrupted::kept_path;
 use super::live::{Cell, Monitor};
 use super::{Host, guard, note, task};
 use crate::config::show;
@@ -112,7 +113,18 @@ impl Host {
         let destination = to.path.join(file_name(vm, bound, looks.regular, format)?);
         store::room(&to.name, &to.path)?;
         refuse_existing(&destination)?;
-        store::require_room(&to.name, &to.path, looks.allocated)?;
+        let bytes = match request.limits.space {
+            Space::Thin => looks.allocated,
+            Space::Thick if format == ImageFormat::Raw => looks.size,
+            Space::Thick => {
+                return Err(RequestRefused {
+                    reason: format!("a {format} image takes its space as it needs it"),
+                    advice: "migrate to a raw image for --thick, or leave it out".to_owned(),
+                }
+                .into());
+            }
+        };
+        store::require_room(&to.name, &to.path, bytes)?;
         Ok(NewJob {
             vm: vm.to_owned(),
             disk: disk.to_owned(),
@@ -164,7 +176,7 @@ impl Host {
             self.inventory.reserve_job(new)?
         };
         crash::point("after-job-reserved");
-        let files = match Files::make(new, below) {
+        let files = match Files::make(new, &job, below) {
             Ok(files) => files,
             Err(seen) => {
                 self.take_back(&job, None);
@@ -227,6 +239,10 @@ impl Host {
                 let path = journal_path(destination);
                 left.extend(removal::remove(&path, journal, Claim::Ours).err());
             }
+            if let (Some(kept), Ok(source)) = (&made.kept, job.source.file()) {
+                let path = kept_path(source, &job.id);
+                left.extend(removal::remove(&path, kept, Claim::Ours).err());
+            }
         }
         left.extend(self.inventory.drop_job(&job.id).err());
         left.into_iter().for_each(note);
@@ -252,6 +268,7 @@ impl Host {
     fn job_view(&self, record: JobRecord) -> Job {
         let status = match record.state {
             JobState::Ended => record.status,
+            JobState::Interrupted => record.status,
             _ => self.live_status(&record).unwrap_or(record.status),
         };
         Job {
@@ -301,6 +318,9 @@ impl Host {
     /// # Errors
     /// No such job; [`JobNotActive`] if it is over or beyond cancelling.
     pub fn cancel_job(&self, id: &JobId) -> Result<Job> {
+        if let Some(ended) = self.cancel_interrupted(id)? {
+            return Ok(ended);
+        }
         let request = Request::CancelJob { job: id.clone() };
         self.ask_of_job(id, "cancel a job", "not to be cancelled now", request)?;
         self.job(id)
@@ -368,6 +388,10 @@ impl Host {
                 Phase::Cancelled => "cancelled",
                 _ => "failed",
             };
+            return Err(not_active(phase).into());
+        }
+        if record.state == JobState::Interrupted {
+            let phase = "interrupted: its VM's next start takes it up again";
             return Err(not_active(phase).into());
         }
         if record.state == JobState::Committed {

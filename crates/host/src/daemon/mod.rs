@@ -30,6 +30,7 @@ mod exports;
 mod files;
 mod handover;
 mod housekeeping;
+mod interrupted;
 mod launch;
 mod lifecycle;
 mod live;

@@ -119,6 +119,12 @@ pub(super) const STEPS: &[&str] = &[
         spec TEXT NOT NULL
     ) STRICT;
 ",
+    // A job keeps its progress in a file. When it is interrupted, it is recorded what its source
+    // looked like then.
+    "
+    ALTER TABLE jobs ADD COLUMN kept_file TEXT;
+    ALTER TABLE jobs ADD COLUMN source_stamp TEXT;
+",
     // Images of a disk that others of its images need below them. One with a name is a snapshot.
     // What is below an image is recorded when the operator or this daemon says so; its header, which
     // its VM's monitor may write, must say the same.

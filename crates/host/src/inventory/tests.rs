@@ -77,6 +77,7 @@ fn files() -> JobFiles {
     JobFiles {
         destination: file(2),
         journal: Some(file(3)),
+        kept: Some(file(4)),
     }
 }
 
