@@ -269,7 +269,10 @@ fn drive(
     cpu: &mut dyn FnMut() -> Result<Duration>,
 ) -> Result<Used> {
     let mut memory = Shared::new(depth * BLOCK)?;
-    let features = VirtioFeatureFlags::VERSION_1.bits() | VirtioFeatureFlags::RING_EVENT_IDX.bits();
+    // A driver without flushes would be promised that each write is durable when it ends.
+    let features = VirtioFeatureFlags::VERSION_1.bits()
+        | VirtioFeatureFlags::RING_EVENT_IDX.bits()
+        | 1 << virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
     let path = socket.display().to_string();
     let mut transport: Box<VirtioBlkTransport> =
         Box::new(VhostUser::new(&path, features).map_err(|error| failed("connect", error))?);
