@@ -46,6 +46,9 @@ pub fn demo(method: &str) -> Result<()> {
 /// # Errors
 /// If the build or the bench fails.
 pub fn bench(arguments: &[String]) -> Result<()> {
+    if arguments.first().is_some_and(|name| name == "profiles") {
+        return bench_profiles(arguments);
+    }
     setup::all()?;
     // The restart is measured with real monitors, in a program of its own.
     let (packages, program, arguments) = match arguments.split_first() {
@@ -63,6 +66,19 @@ pub fn bench(arguments: &[String]) -> Result<()> {
     }
     tool::run_visibly(&mut cargo)?;
     let program = workspace::target_dir().join("release").join(program);
+    let mut bench = std::process::Command::new(program);
+    tool::run_visibly(bench.args(arguments))
+}
+
+/// The bench of profiles is built with its peer, in a workspace of its own.
+fn bench_profiles(arguments: &[String]) -> Result<()> {
+    let mut cargo = build::cargo();
+    let manifest = workspace::root().join("bench/profiles/Cargo.toml");
+    cargo.args(["build", "--quiet", "--release", "--manifest-path"]);
+    cargo.arg(manifest);
+    cargo.arg("--target-dir").arg(workspace::target_dir());
+    tool::run_visibly(&mut cargo)?;
+    let program = workspace::target_dir().join("release/strake-bench-profiles");
     let mut bench = std::process::Command::new(program);
     tool::run_visibly(bench.args(arguments))
 }

@@ -108,6 +108,13 @@ pub enum Request {
     /// Without it a monitor whose guest ended by itself stays, and tells each new daemon again; after
     /// an hour it ends nevertheless. Refused while the guest lives.
     Dismiss,
+    /// Sets how fast a disk's guest gets requests through, from now on.
+    SetDiskLimits {
+        /// The disk's name.
+        disk: String,
+        /// The limits in place of those of now.
+        limits: DiskLimits,
+    },
     /// Attaches a stream socket to the consoles: output of both from now on, input for the one that
     /// [`MachineConfig::console`] names at any time.
     /// Several may be attached; one that does not read loses output, never blocks the guest.
@@ -475,6 +482,20 @@ pub struct DiskConfig {
     pub serial: String,
     /// How many virtqueues, 1 to 16.
     pub queues: u16,
+    /// How fast the guest gets requests through.
+    #[serde(default)]
+    pub limits: DiskLimits,
+}
+
+/// How fast a guest gets requests through to a disk. Flushes cost nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskLimits {
+    /// The most reads and changes per second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// The most bytes per second, read and written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
 }
 
 /// One network interface.

@@ -14,7 +14,9 @@ pub mod image;
 pub mod job;
 mod observations;
 pub mod rest;
+pub mod schema;
 pub mod spec;
+pub mod steer;
 #[cfg(test)]
 mod tests;
 

@@ -39,6 +39,7 @@ use crate::export::{ExportSpec, NbdListen};
 use crate::image::ImageFormat;
 use crate::job::{MigrationLimits, MigrationStatus};
 use crate::spec::VmSpec;
+use crate::steer::PlannedChange;
 
 /// A failure: RFC 9457, with the observation tree as an extension member.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -131,8 +132,13 @@ pub struct Vm {
     pub revision: u64,
     /// What it does.
     pub state: VmState,
-    /// What it is.
+    /// What it is: while it runs what its machine has, else what profiles make of its own values.
     pub spec: VmSpec,
+    /// What it says itself.
+    pub own: VmSpec,
+    /// Changes that the running machine does not have yet.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<PlannedChange>,
     /// The monitor's process, while one runs.
     pub pid: Option<u32>,
     /// Milliseconds since it started.

@@ -72,6 +72,7 @@ fn largest_machine() -> MachineConfig {
                 },
                 read_only: false,
                 serial: device.clone(),
+                limits: crate::control::DiskLimits::default(),
                 queues: 16,
             };
             MAX_DEVICES

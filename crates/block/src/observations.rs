@@ -257,8 +257,8 @@ strake_observe::catalog! {
         /// The job.
         job: String,
     }
-    text "job {job} can no longer be paused: its commit is being decided";
-    remedy "wait for the job to end: that is a matter of moments";
+    text "job {job} can no longer be paused: its commit is being decided, or an overlay would grow beyond its limit";
+    remedy "wait for the job to end";
 
     /// The journal beside the destination cannot be written.
     JournalUnwritable("block.journal-unwritable") {

@@ -64,6 +64,14 @@ strake_observe::catalog! {
     text "the spec {file} cannot be read";
     remedy "name an existing TOML file with -f, or `-` for standard input";
 
+    /// A profile's file cannot be read.
+    ProfileFileUnreadable("cli.profile-file-unreadable") {
+        /// The file.
+        file: String,
+    }
+    text "the profile {file} cannot be read";
+    remedy "name an existing TOML file, or `-` for standard input";
+
     /// The image that `run` was given does not exist.
     ImageMissing("cli.image-missing") {
         /// What was given.

@@ -9,7 +9,8 @@ use std::sync::OnceLock;
 
 use rustix::process::{Signal, getpid, kill_process};
 
-/// Every crash point, in the order in which a start and a migration pass them.
+/// Every crash point, in the order in which a start, a migration and a change of
+/// profiles pass them.
 pub const CRASH_POINTS: &[&str] = &[
     "before-spawn",
     "after-spawn",
@@ -38,6 +39,9 @@ pub const CRASH_POINTS: &[&str] = &[
     "after-source-removal",
     "before-destination-removal",
     "after-destination-removal",
+    "within-steering",
+    "before-steering-commit",
+    "after-steering-commit",
 ];
 
 /// Ends the daemon here if a test asked for it.

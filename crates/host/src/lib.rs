@@ -32,7 +32,7 @@ mod storage;
 
 pub use config::HostConfig;
 pub use crash::CRASH_POINTS;
-pub use daemon::{Host, Images};
+pub use daemon::{Host, Images, Intent};
 pub use monitor::packet;
 pub use storage::identity::FileIdentity;
 pub use storage::location::{Binding, Location};

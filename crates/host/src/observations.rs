@@ -190,6 +190,90 @@ strake_observe::catalog! {
     text "there is no job '{job}'";
     remedy "`strake jobs ls` lists the jobs; the oldest that have ended are forgotten";
 
+    // ---- Profiles, values and labels ----
+
+    /// No such profile.
+    NoSuchProfile("host.no-such-profile") {
+        /// Its name.
+        profile: String,
+    }
+    text "there is no profile '{profile}'";
+    remedy "`strake profile ls` lists them";
+
+    /// A profile of the inventory cannot be read by this daemon.
+    ProfileUnreadable("host.profile-unreadable") {
+        /// Its name.
+        profile: String,
+    }
+    text "profile '{profile}' of the inventory is not in force: this daemon cannot read it";
+    remedy "mend its file as the cause says and apply it again, or run the straked that it was applied with";
+
+    /// Profiles were not put in force.
+    ProfilesRefused("host.profiles-refused") {
+        /// Their files.
+        files: String,
+    }
+    text "{files}: not applied; what was in force stays in force";
+    remedy "mend the cause; `strake profile plan` tells beforehand what would change";
+
+    /// A change would bring about conflicts.
+    SteeringRefused("host.steering-refused") {
+        /// How many.
+        conflicts: usize,
+    }
+    text "nothing was changed: {conflicts} of what profiles say would be in conflict";
+    remedy "mend each of the causes first";
+
+    /// A profile gives values to VMs that run.
+    ProfileInUse("host.profile-in-use") {
+        /// Its name.
+        profile: String,
+        /// What would change.
+        users: String,
+    }
+    text "profile '{profile}' was not removed: values of running VMs come from it: {users}";
+    remedy "set these values at the VMs, or remove it all the same with `strake profile rm {profile} --force`";
+
+    /// Profiles contradict each other about an object.
+    EffectiveConflict("host.effective-conflict") {
+        /// The object.
+        object: String,
+    }
+    text "profiles contradict each other about {object}";
+    remedy "mend the profiles that the causes name and apply them again";
+
+    /// Values or labels were not changed.
+    SetFailed("host.set-failed") {
+        /// The object.
+        object: String,
+    }
+    text "{object} was not changed";
+    remedy "mend the cause, then try again";
+
+    /// A value cannot be set.
+    ValueRefused("host.value-refused") {
+        /// What was to be set.
+        target: String,
+        /// Why not, as the end of a sentence.
+        reason: String,
+    }
+    text "'{target}' {reason}";
+    remedy "`strake profile fields` lists the fields and what they hold";
+
+    /// An own value has no effect.
+    ValueOverridden("host.value-overridden") {
+        /// The object.
+        object: String,
+        /// The field.
+        path: String,
+        /// The value.
+        value: String,
+        /// The VM.
+        vm: String,
+    }
+    text "'{path}' of {object}: the value {value} is set, but a locked rule holds against it";
+    remedy "`strake profile effective {vm} --explain` tells which profile it is";
+
     // ---- Datastores and images ----
 
     /// The name or directory is taken.

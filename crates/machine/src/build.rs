@@ -267,6 +267,7 @@ pub(crate) fn open_disk(
     let live = LiveDisk::new(disk.name.clone(), image);
     let observer = Arc::clone(mailbox);
     live.set_observer(Arc::new(move |seen| observer.observe(seen)));
+    live.set_limits(disk.limits)?;
     Ok(live)
 }
 

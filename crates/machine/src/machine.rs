@@ -16,7 +16,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use strake_api::control::{DiskStatus, Event, RunState, VmStatus};
+use strake_api::control::{DiskLimits, DiskStatus, Event, RunState, VmStatus};
 use strake_api::job::{JobId, LimitsChange, MigrationStatus};
 use strake_block::LiveDisk;
 use strake_devices::acpi_pm::AcpiPm;
@@ -28,7 +28,7 @@ use strake_observe::{Observation, Result};
 
 use crate::Mailbox;
 use crate::jobs::{Hold, Jobs, MigrationRequest};
-use crate::observations::{StopIncomplete, WrongState};
+use crate::observations::{NoSuchDisk, StopIncomplete, WrongState};
 use crate::vcpus::Vcpus;
 
 /// A guest's machine.
@@ -252,6 +252,18 @@ impl Machine {
                 .collect(),
             jobs: self.jobs.statuses(),
         }
+    }
+
+    /// Sets how fast a disk's guest gets requests through.
+    ///
+    /// # Errors
+    /// There is no such disk, or the host has no thread for it.
+    pub fn set_disk_limits(&self, disk: &str, limits: DiskLimits) -> Result<()> {
+        let found = self.disks.iter().find(|known| known.name() == disk);
+        let found = found.ok_or_else(|| NoSuchDisk {
+            disk: disk.to_owned(),
+        })?;
+        found.set_limits(limits)
     }
 
     /// Starts a migration.

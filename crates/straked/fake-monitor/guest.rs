@@ -183,6 +183,10 @@ impl Machine {
             Request::Pause => self.becomes(RunState::Paused, &mut events),
             Request::Resume => self.becomes(RunState::Running, &mut events),
             Request::Status => Reply::Status(self.status()),
+            Request::SetDiskLimits { disk, limits } => {
+                eprintln!("limits of {disk}: {:?} {:?}", limits.iops, limits.bandwidth);
+                Reply::Done
+            }
             Request::PowerButton => {
                 if !self.told("deaf") {
                     events.push(Event::State(RunState::Exited(ExitReason::GuestPowerOff)));

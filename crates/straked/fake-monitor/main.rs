@@ -262,6 +262,11 @@ impl Monitor {
                 if cmdline.contains("refuse-configure") {
                     return Some(Reply::Failed(staged("refuse-configure")));
                 }
+                eprintln!("has {} cpus", config.cpus);
+                for disk in &config.disks {
+                    let limits = disk.limits;
+                    eprintln!("begins with {:?} {:?}", limits.iops, limits.bandwidth);
+                }
                 self.machine = Some(Machine::new(&config, cmdline, fds));
                 return Some(Reply::Done);
             }

@@ -100,7 +100,7 @@ fn a_vm_that_cannot_be_is_refused_whole() {
     let cases = [
         ("/name", json!("../x"), 400, "host.bad-name"),
         ("/name", json!("web1"), 409, "host.vm-exists"),
-        ("/spec/cpus", json!(0), 422, "api.spec-invalid"),
+        ("/spec/cpus", json!(17), 422, "api.spec-invalid"),
         (
             "/spec/boot/kernel",
             json!("/no/kernel"),

@@ -24,6 +24,10 @@ pub const MAX_DEVICES: usize = 24;
 pub const MAX_QUEUES: u16 = 16;
 /// The largest disk. Its migration needs 32 MiB of memory for each TiB: four bitmaps of 8 MiB.
 pub const MAX_DISK: u64 = 64 << 40;
+/// The lowest limit of a disk's requests per second: below, a guest takes its disk for broken.
+pub const MIN_IOPS: u64 = 10;
+/// The lowest limit of a disk's bytes per second, for the same reason.
+pub const MIN_BANDWIDTH: u64 = 64 << 10;
 /// A disk's size is a multiple of this.
 pub const SECTOR: u64 = 512;
 /// The longest kernel command line: what Linux takes on x86-64, less the final zero.
@@ -31,9 +35,9 @@ pub const MAX_CMDLINE: usize = 2047;
 /// The most labels.
 const MAX_LABELS: usize = 64;
 /// The most characters of a label's value.
-const MAX_LABEL_VALUE: usize = 253;
+pub const MAX_LABEL_VALUE: usize = 253;
 /// The most characters of a network device's name on Linux (IFNAMSIZ, less the final zero).
-const MAX_IFNAME: usize = 15;
+pub const MAX_IFNAME: usize = 15;
 
 impl VmSpec {
     /// Checks what types alone do not say.
@@ -87,14 +91,16 @@ impl Findings {
 pub(super) fn problems(spec: &VmSpec) -> Vec<Problem> {
     let mut found = Findings(Vec::new());
     let root = Place::default();
-    if spec.cpus == 0 || spec.cpus > MAX_CPUS {
+    if spec.cpus > MAX_CPUS {
         found.add(
             &root.key("cpus"),
             format!("{} vCPUs are not possible", spec.cpus),
             format!("give it 1 to {MAX_CPUS}"),
         );
     }
-    memory(&mut found, &root.key("memory"), spec.memory.0);
+    if !spec.memory.is_zero() {
+        memory(&mut found, &root.key("memory"), spec.memory.0);
+    }
     labels(&mut found, spec);
     boot(&mut found, spec);
     if spec.disks.len() + spec.nics.len() > MAX_DEVICES {
@@ -291,6 +297,26 @@ fn one_disk<'a>(
             &at.key("queues"),
             "a disk has 1 to 16 queues",
             "leave it out for one queue for each vCPU",
+        );
+    }
+    if disk
+        .iops
+        .is_some_and(|n| !(MIN_IOPS..=1 << 32).contains(&n))
+    {
+        found.add(
+            &at.key("iops"),
+            "a disk's limit is 10 to 4294967296 requests per second",
+            "leave it out for no limit",
+        );
+    }
+    if disk
+        .bandwidth
+        .is_some_and(|rate| !(MIN_BANDWIDTH..=1 << 48).contains(&rate.0))
+    {
+        found.add(
+            &at.key("bandwidth"),
+            "a disk's limit is 64K to 256T per second",
+            "leave it out for no limit",
         );
     }
 }

@@ -1,8 +1,8 @@
 //! The VM spec: what an operator writes about a VM, in TOML.
 //!
 //! ```toml
-//! cpus = 2
-//! memory = "1G"
+//! cpus = 2                         # without it, as profiles say, or 1
+//! memory = "1G"                    # without it, as profiles say, or 512M
 //! console = "serial"               # or "virtio"; serial if absent
 //!
 //! [boot]
@@ -40,13 +40,15 @@ use crate::image::ImageFormat;
 
 pub use bytes::Bytes;
 pub use check::{
-    MAX_CMDLINE, MAX_CPUS, MAX_DEVICES, MAX_DISK, MAX_MEMORY, MAX_QUEUES, MEMORY_STEP, MIN_MEMORY,
-    SECTOR,
+    MAX_CMDLINE, MAX_CPUS, MAX_DEVICES, MAX_DISK, MAX_IFNAME, MAX_LABEL_VALUE, MAX_MEMORY,
+    MAX_QUEUES, MEMORY_STEP, MIN_BANDWIDTH, MIN_IOPS, MIN_MEMORY, SECTOR,
 };
 pub use name::{
     ImageRef, MAX_DEVICE_NAME, MAX_FILE_NAME, MAX_NAME, MAX_PATH, check_name, parse_mac,
 };
 pub use read::MAX_SPEC_TEXT;
+#[cfg(test)]
+pub(crate) use read::known_keys;
 
 /// A VM, as its operator describes it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -55,13 +57,15 @@ pub struct VmSpec {
     /// Labels, for profiles and for the operator's own order.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
-    /// How many vCPUs, 1 to 16.
+    /// How many vCPUs, 1 to 16; 0 if it is left to profiles and the default.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub cpus: u8,
-    /// The guest's RAM: `512M`, `1G`, or bytes.
+    /// The guest's RAM: `512M`, `1G`, or bytes; 0 if it is left to profiles and the default.
+    #[serde(default, skip_serializing_if = "Bytes::is_zero")]
     pub memory: Bytes,
-    /// Which of the guest's consoles terminals type into.
-    #[serde(default, skip_serializing_if = "ConsoleKind::is_default")]
-    pub console: ConsoleKind,
+    /// Which of the guest's consoles terminals type into; the serial one if nobody says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleKind>,
     /// What to boot.
     pub boot: BootSpec,
     /// Disks, in the guest's order.
@@ -84,12 +88,9 @@ pub enum ConsoleKind {
     Virtio,
 }
 
-impl ConsoleKind {
-    /// Whether it is what a spec that does not name it means.
-    #[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
-    fn is_default(&self) -> bool {
-        *self == Self::default()
-    }
+#[allow(clippy::trivially_copy_pass_by_ref)] // as serde calls it
+fn is_zero(n: &u8) -> bool {
+    *n == 0
 }
 
 /// What to boot.
@@ -140,6 +141,12 @@ pub struct DiskSpec {
     /// How many virtqueues; one for each vCPU if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
+    /// The most requests per second; without limit if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iops: Option<u64>,
+    /// The most bytes per second; without limit if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Bytes>,
 }
 
 impl DiskSpec {

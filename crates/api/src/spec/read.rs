@@ -78,7 +78,7 @@ struct Section {
 
 const TOP: Section = Section {
     known: &["labels", "cpus", "memory", "console", "boot", "disk", "nic"],
-    required: &["cpus", "memory", "boot"],
+    required: &["boot"],
 };
 const BOOT_KERNEL: Section = Section {
     known: &["from", "kernel", "initrd", "cmdline"],
@@ -89,7 +89,16 @@ const BOOT_DISK: Section = Section {
     required: &[],
 };
 const DISK: Section = Section {
-    known: &["name", "image", "format", "size", "read-only", "queues"],
+    known: &[
+        "name",
+        "image",
+        "format",
+        "size",
+        "read-only",
+        "queues",
+        "iops",
+        "bandwidth",
+    ],
     required: &["name", "image"],
 };
 const NIC: Section = Section {
@@ -150,7 +159,9 @@ impl VmSpec {
                 ));
             }
         };
-        refuse_all(text, file, table, problems(&spec))?;
+        let mut wrong = noughts(table);
+        wrong.extend(problems(&spec));
+        refuse_all(text, file, table, wrong)?;
         Ok(spec)
     }
 
@@ -237,6 +248,53 @@ fn keys(top: &DeTable<'_>) -> Vec<Problem> {
     }
     if let Some(DeValue::Table(table)) = value(top, "boot") {
         boot_section(&mut found, &root.key("boot"), table);
+    }
+    found
+}
+
+/// Every key, as the path of its field.
+#[cfg(test)]
+pub(crate) fn known_keys() -> Vec<&'static str> {
+    let below = |prefix: &str, section: &Section| -> Vec<&'static str> {
+        let keys = section.known.iter();
+        keys.map(|key| &*format!("{prefix}.{key}").leak()).collect()
+    };
+    let mut keys: Vec<_> = TOP.known.to_vec();
+    keys.retain(|key| !["boot", "disk", "nic"].contains(key));
+    for (prefix, section) in [
+        ("boot", &BOOT_KERNEL),
+        ("boot", &BOOT_DISK),
+        ("disk", &DISK),
+        ("nic", &NIC),
+    ] {
+        keys.extend(below(prefix, section));
+    }
+    keys.sort_unstable();
+    keys.dedup();
+    keys
+}
+
+/// Numbers that must not be nought: left out, they are what profiles and defaults make them.
+fn noughts(top: &DeTable<'_>) -> Vec<Problem> {
+    let nought = |key: &str| match value(top, key) {
+        Some(DeValue::Integer(n)) => n.as_str().bytes().all(|digit| digit == b'0'),
+        Some(DeValue::String(text)) => text.parse() == Ok(super::Bytes(0)),
+        _ => false,
+    };
+    let (mut found, root) = (Vec::new(), Place::default());
+    if nought("cpus") {
+        found.push(Problem {
+            at: root.key("cpus"),
+            reason: "0 vCPUs are not possible".to_owned(),
+            remedy: format!("give it 1 to {}", super::MAX_CPUS),
+        });
+    }
+    if nought("memory") {
+        found.push(Problem {
+            at: root.key("memory"),
+            reason: "a VM needs at least 64M".to_owned(),
+            remedy: "write memory = \"64M\" or more".to_owned(),
+        });
     }
     found
 }

@@ -78,13 +78,13 @@ fn the_specs_of_the_documents_are_good_ones() {
 #[test]
 fn the_console_is_serial_unless_said_otherwise() {
     let console = |text: &str| VmSpec::from_toml(text, "web1.toml").unwrap().console;
-    assert_eq!(console(FULL), ConsoleKind::Serial);
+    assert_eq!(console(FULL), None);
     let said = |kind: &str| with("cpus = 2", &format!("cpus = 2\nconsole = \"{kind}\""));
-    assert_eq!(console(&said("serial")), ConsoleKind::Serial);
-    assert_eq!(console(&said("virtio")), ConsoleKind::Virtio);
+    assert_eq!(console(&said("serial")), Some(ConsoleKind::Serial));
+    assert_eq!(console(&said("virtio")), Some(ConsoleKind::Virtio));
     let spec = VmSpec::from_toml(&said("virtio"), "web1.toml").unwrap();
     let again = VmSpec::from_toml(&spec.to_toml().unwrap(), "again").unwrap();
-    assert_eq!(again.console, ConsoleKind::Virtio);
+    assert_eq!(again.console, Some(ConsoleKind::Virtio));
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn each_problem_has_its_place() {
         ("cpus = 2", "cpus = 17", "cpus", 2, 1, "1 to 16"),
         ("cpus = 2", "cpus = 300", "cpus", 2, 8, "300"),
         ("cpus = 2", "cpus = \"two\"", "cpus", 2, 8, "string"),
-        ("cpus = 2", "", "the spec", 1, 1, "'cpus' is missing"),
+        ("memory = \"1G\"", "memory = 0", "memory", 3, 1, "64M"),
         (
             "cpus = 2",
             "cpus = 2\nconsole = \"vga\"",
@@ -386,6 +386,19 @@ fn the_key_tables_are_those_of_the_types() {
         "queues",
     ] {
         assert!(FULL.contains(key), "{key}");
+    }
+    let limited = with("queues = 4", "iops = 500\nbandwidth = \"100M\"");
+    let disk = &VmSpec::from_toml(&limited, "web1.toml").unwrap().disks[0];
+    assert_eq!(
+        (disk.iops, disk.bandwidth),
+        (Some(500), Some(Bytes(100 << 20)))
+    );
+    for (bad, key) in [
+        ("iops = 1", "disk[0].iops"),
+        ("bandwidth = 5", "disk[0].bandwidth"),
+    ] {
+        let seen = refused(&with("queues = 4", bad));
+        assert_eq!(seen.datum("key").unwrap(), key);
     }
 }
 

@@ -4,12 +4,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
-use strake_api::control::DiskCounters;
+use strake_api::control::{DiskCounters, DiskLimits};
 use strake_observe::{Observation, Result};
 
 use super::claims::Claims;
 use super::latency::Meter;
 use super::mirror::{Half, Mirror};
+use super::rate::Rate;
 use super::{DiskQueue, Gate};
 use crate::{Access, DirtyBitmap, Event, Image, ImageQueue, Operation};
 
@@ -43,6 +44,7 @@ pub struct LiveDisk {
     /// Whether a migration has the disk; there is one at a time.
     migrating: Mutex<bool>,
     pub(super) counters: Counters,
+    pub(super) rate: Rate,
     pub(super) latency: Meter,
 }
 
@@ -105,6 +107,7 @@ impl LiveDisk {
             observed: Mutex::new((None, 0)),
             migrating: Mutex::new(false),
             counters: Counters::default(),
+            rate: Rate::default(),
             latency: Meter::default(),
         })
     }
@@ -185,6 +188,20 @@ impl LiveDisk {
     /// must not block.
     pub fn set_observer(&self, observer: Observer) {
         *lock(&self.observer) = Some(observer);
+    }
+
+    /// Sets how fast its guest gets requests through, from now on.
+    ///
+    /// # Errors
+    /// When the host has no thread for it; the limits are then those of before.
+    pub fn set_limits(&self, limits: DiskLimits) -> Result<()> {
+        self.rate.set(&self.name, limits)
+    }
+
+    /// How fast its guest gets requests through.
+    #[must_use]
+    pub fn limits(&self) -> DiskLimits {
+        self.rate.limits()
     }
 
     /// Makes every completed write durable, in the calling thread.

@@ -3,7 +3,7 @@
 //! Threads: each virtqueue worker owns a [`DiskQueue`]; one migration thread at most closes and
 //! opens the gate, turns tracking and mirroring on and off and replaces the image. Lock order:
 //! `queues` before `mirror` before a queue's `half` before the table of the zones; `queues` before
-//! `prepared`; the gate's lock and that of the claims are leaves.
+//! `prepared`; the gate's lock and those of the claims and of the limits are leaves.
 
 mod claims;
 mod disk;
@@ -11,6 +11,9 @@ mod gate;
 mod latency;
 mod mirror;
 mod queue;
+mod rate;
+#[cfg(test)]
+mod rate_tests;
 mod zones;
 
 #[cfg(test)]

@@ -33,6 +33,8 @@ pub struct DiskQueue {
     generation: u64,
     /// Submitted, not yet inside the gate.
     waiting: VecDeque<Request>,
+    /// Whether the disk's limits do not count: what is left is to come to its end.
+    hurries: bool,
     /// Failed before they got anywhere; handed out by the next `reap`.
     refused: VecDeque<(u64, Operation, Observation)>,
     /// What is inside the gate, by the tag that the image's queue knows it by.
@@ -118,6 +120,7 @@ impl DiskQueue {
             image,
             generation,
             waiting: VecDeque::new(),
+            hurries: false,
             refused: VecDeque::new(),
             inside: Vec::new(),
             free: Vec::new(),
@@ -135,6 +138,11 @@ impl DiskQueue {
         self.shared.event.as_fd()
     }
 
+    #[cfg(test)]
+    pub(super) fn shared_event(&self) -> &crate::Event {
+        &self.shared.event
+    }
+
     /// The disk it belongs to.
     #[must_use]
     pub fn disk(&self) -> &Arc<LiveDisk> {
@@ -145,6 +153,15 @@ impl DiskQueue {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.waiting.len() + self.refused.len() + (self.inside.len() - self.free.len())
+    }
+
+    /// Whether the disk's limits count for what this queue still has. A worker that is about to end
+    /// does not wait for them.
+    pub fn hurry(&mut self, hurries: bool) {
+        self.hurries = hurries;
+        if hurries {
+            self.shared.event.signal();
+        }
     }
 
     /// Takes a request. It starts with the next [`push`](Self::push). One that cannot be done
@@ -178,7 +195,14 @@ impl DiskQueue {
                 self.disk.gate.leave();
                 return Err(seen);
             }
-            let Some(request) = self.waiting.pop_front() else {
+            let admitted = self.waiting.pop_front_if(|request| {
+                self.hurries
+                    || self
+                        .disk
+                        .rate
+                        .admits(request.op, request.len(), &self.shared)
+            });
+            let Some(request) = admitted else {
                 self.disk.gate.leave();
                 break;
             };

@@ -40,6 +40,8 @@ struct State {
     paused: bool,
     /// How often that was asked for.
     pauses: u32,
+    /// It cannot be paused any more.
+    hurries: bool,
     /// The daemon was asked; from now on only its answer counts.
     asked: bool,
     /// What it was asked.
@@ -136,7 +138,9 @@ impl Control {
     pub(crate) fn cancel(&self) -> bool {
         {
             let mut state = lock(&self.state);
-            if state.asked && !state.ended {
+            // With the disk on its overlay the job goes on, and can be cancelled there.
+            let goes_on = state.stage == Stage::Overlay && state.decision == Some(true);
+            if state.asked && !state.ended && !goes_on {
                 return false;
             }
             state.cancelled = true;
@@ -164,7 +168,7 @@ impl Control {
     pub(crate) fn pause(&self) -> bool {
         {
             let mut state = lock(&self.state);
-            if state.asked && !state.ended {
+            if (state.asked || state.hurries) && !state.ended {
                 return false;
             }
             if !state.paused {
@@ -175,6 +179,12 @@ impl Control {
         }
         self.event.signal();
         true
+    }
+
+    /// From here on it does not rest: an overlay grows.
+    pub(crate) fn hurry(&self) {
+        lock(&self.state).hurries = true;
+        self.resume();
     }
 
     /// Lets it go on.

@@ -441,11 +441,7 @@ impl Job {
             if mirror.is_some_and(|mirror| !mirror.is_on()) {
                 return Some(Stop::Unmirrored);
             }
-            if rests() {
-                rested = true;
-                // A mirroring ends; other plans stay where they are.
-                return mirror.map(|_| Stop::Paused);
-            }
+            // Also while it rests: the guest does not.
             if let Some(cap) = cap.as_mut()
                 && let Some((bytes, full)) = cap.look(control.status().throughput)
             {
@@ -457,6 +453,11 @@ impl Job {
                 if full {
                     return Some(Stop::Enough);
                 }
+            }
+            if rests() {
+                rested = true;
+                // A mirroring ends; other plans stay where they are.
+                return mirror.map(|_| Stop::Paused);
             }
             let (judge, why) = judge.as_mut()?;
             if std::mem::take(&mut rested) {

@@ -378,7 +378,8 @@ impl Migration {
     /// mirroring ends for that time, so that a job that rests costs the guest nothing.
     ///
     /// # Errors
-    /// When the daemon was already asked to commit: its decision counts.
+    /// When the daemon was already asked to commit: its decision counts. When the job consolidates
+    /// the overlay of method `snapshot`, which grows until that is done.
     pub fn pause(&self) -> Result<()> {
         if self.control.pause() {
             return Ok(());

@@ -55,6 +55,8 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(super) struct Cap {
     delta: Arc<dyn Delta>,
     limit: u64,
+    /// Of the disk: an overlay does not get larger, but for its tables.
+    size: u64,
     began: Instant,
     /// What it had when it was empty.
     empty: u64,
@@ -62,10 +64,11 @@ pub(super) struct Cap {
 }
 
 impl Cap {
-    fn new(delta: &Arc<dyn Delta>, limit: u64) -> Self {
+    fn new(delta: &Arc<dyn Delta>, limit: u64, size: u64) -> Self {
         Self {
             delta: Arc::clone(delta),
             limit,
+            size,
             began: Instant::now(),
             empty: delta.bytes(),
             looked: None,
@@ -82,7 +85,7 @@ impl Cap {
         self.looked = Some(now);
         let bytes = self.delta.bytes();
         let grown = bytes.saturating_sub(self.empty);
-        let end = grown_until_merged(grown, now - self.began, speed);
+        let end = grown_until_merged(grown, now - self.began, speed).min(self.size);
         Some((bytes, end > self.limit))
     }
 
@@ -137,7 +140,7 @@ impl Job {
             u64::try_from(u128::from(write_rate).saturating_mul(copying.as_millis()) / 1000)
                 .unwrap_or(u64::MAX)
                 .min(self.disk.size());
-        let expected = grown_until_merged(grown, copying, speed);
+        let expected = grown_until_merged(grown, copying, speed).min(self.disk.size());
         (expected <= limit).then_some(MethodReason::OverlayFits { expected, limit })
     }
 
@@ -260,7 +263,7 @@ impl Job {
         first: &mut FirstPass,
         fresh: Fresh,
     ) -> Result<(), End> {
-        let mut cap = Cap::new(delta, self.delta_limit());
+        let mut cap = Cap::new(delta, self.delta_limit(), self.disk.size());
         let planned = self.planned()?;
         let how = How {
             fresh,
@@ -284,7 +287,7 @@ impl Job {
             Err(stop) => return Err(stop.into()),
         }
         self.flush_destination()?;
-        self.go_on()
+        self.look_around()
     }
 
     /// Steps 4 and 5, or the way back: puts what the overlay has into what it is over.
@@ -294,6 +297,8 @@ impl Job {
         into: Arc<dyn Image>,
         stage: Stage,
     ) -> Result<(), End> {
+        // The overlay grows until this is done, and nothing bounds it but the end.
+        self.control.hurry();
         let size = self.disk.size();
         self.source = self.disk.image();
         self.destination = into;

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus};
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Stage};
 use strake_block::{
     Access, Buffer, DiskQueue, Image, LiveDisk, Migration, Operation, RawImage, Request,
     SwitchHooks,
@@ -518,6 +518,10 @@ impl SwitchHooks for Hooks {
 
     fn await_commit(&self, job: &JobId) {
         let _ = self.asked.lock().unwrap().send(job.clone());
+    }
+
+    fn await_stage(&self, job: &JobId, _stage: Stage) {
+        self.await_commit(job);
     }
 
     fn ended(&self, status: &MigrationStatus) {

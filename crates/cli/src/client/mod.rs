@@ -4,6 +4,7 @@
 //! the daemon the next one simply finds the new one.
 
 mod http;
+mod steer;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

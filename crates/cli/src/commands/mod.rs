@@ -8,14 +8,17 @@ mod disk;
 mod doctor;
 mod export;
 mod jobs;
+mod label;
 mod limits;
 mod logs;
 mod man;
 mod observations;
+mod profile;
 mod ps;
 mod restart;
 mod rm;
 mod run;
+mod set;
 mod show;
 mod start;
 mod stop;
@@ -77,6 +80,9 @@ commands! {
     Rm(rm, Said),
     Ps(ps, Plain),
     Show(show, Plain),
+    Set(set, Said),
+    Label(label, Said),
+    Profile(profile, Said),
     Console(console, Own),
     Logs(logs, Own),
     Datastore(datastore, Said),

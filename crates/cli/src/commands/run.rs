@@ -149,6 +149,8 @@ fn spec(args: &Args) -> Result<(VmSpec, String)> {
             size: None,
             read_only: false,
             queues: None,
+            iops: None,
+            bandwidth: None,
         }],
     };
     let append = args.append.clone().unwrap_or_default();
@@ -188,7 +190,7 @@ fn spec(args: &Args) -> Result<(VmSpec, String)> {
         labels: std::collections::BTreeMap::new(),
         cpus: args.cpus,
         memory: args.memory,
-        console: strake_api::spec::ConsoleKind::default(),
+        console: None,
         boot,
         disks,
         nics,

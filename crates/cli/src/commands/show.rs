@@ -66,6 +66,11 @@ fn text(vm: &Vm) -> String {
     for (name, value) in &vm.spec.labels {
         line("label", &format!("{name}={value}"));
     }
+    for pending in &vm.pending {
+        let field = format!("{} {}", pending.object, pending.path);
+        let when = pending.when.text();
+        line("pending", &format!("{field} {} ({when})", pending.shown));
+    }
     match &vm.last_exit {
         None => {}
         Some(ExitReason::GuestPowerOff) => line("last exit", "the guest powered off"),

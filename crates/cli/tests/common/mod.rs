@@ -403,6 +403,8 @@ pub(crate) fn spec() -> VmSpec {
 pub(crate) fn vm(name: &str, state: VmState) -> Vm {
     let runs = matches!(state, VmState::Running | VmState::Paused);
     Vm {
+        own: spec(),
+        pending: Vec::new(),
         name: name.to_owned(),
         revision: 1,
         state,

@@ -66,6 +66,7 @@ impl Host {
             if self.inventory.vms()?.iter().any(|vm| vm.name == *name) {
                 return Err(VmExists { vm: name.clone() }.into());
             }
+            let _steering = guard(&self.steering);
             self.create_placed(name, &request.spec)
         })?;
         self.vm(name)
@@ -94,6 +95,14 @@ impl Host {
             .enumerate()
             .map(|(index, (nic, slot))| nic_record(name, nic, index, slot))
             .collect::<Result<Vec<_>>>()?;
+        let stores = placed.iter().map(|disk| {
+            let DiskRecord {
+                name, datastore, ..
+            } = &disk.record;
+            (name.clone(), datastore.clone())
+        });
+        self.effective_of_new(name, spec, &stores.collect())?
+            .validate()?;
         let mut created = Vec::new();
         for disk in placed.iter_mut().filter(|disk| disk.missing) {
             let image = &disk.record.image;
@@ -268,7 +277,7 @@ pub(super) fn remove_directory(directory: &Path) -> Option<Observation> {
 }
 
 /// A spec whose kernel is not there is refused now rather than at the first start.
-fn check_boot_files(boot: &BootSpec) -> Result<()> {
+pub(super) fn check_boot_files(boot: &BootSpec) -> Result<()> {
     let BootSpec::Kernel { kernel, initrd, .. } = boot else {
         return Ok(());
     };

@@ -80,6 +80,8 @@ impl Host {
                     size: None,
                     read_only: spec.read_only,
                     queues: None,
+                    iops: None,
+                    bandwidth: None,
                 };
                 let _placing = guard(&self.placing);
                 let placed = self.place(&disk, 0)?;
@@ -254,6 +256,7 @@ impl Host {
                 observations,
             })),
             files: vec![(disk.name.clone(), file)],
+            spec: None,
             fds,
         })
     }

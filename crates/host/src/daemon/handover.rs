@@ -144,6 +144,8 @@ struct Successor {
     newborn: Newborn,
     identity: (u32, u64),
     version: String,
+    /// What its machine was given.
+    spec: Option<VmSpec>,
 }
 
 impl Host {
@@ -232,6 +234,7 @@ impl Host {
             events,
             newborn,
             version,
+            spec: given,
             ..
         } = successor;
         let mut monitor = Monitor::new(newborn.keep()?, connection, old.started_ms);
@@ -260,6 +263,11 @@ impl Host {
             |_| {},
         );
         drop(retired);
+        if let Some(given) = given
+            && let Err(seen) = self.given_anew(cell, &given)
+        {
+            note(seen);
+        }
         if let Err(seen) = renamed {
             note(seen); // The monitor is reached over the connection that there is.
         }
@@ -323,6 +331,7 @@ impl Host {
                 newborn,
                 identity,
                 version,
+                spec: launch.spec,
             }),
             Err(seen) => Err(seen.because_all(self.end_of_newborn(newborn, name, &log))),
         }
@@ -377,7 +386,9 @@ impl Host {
         }
         crash::point("before-handover-commit");
         let (from, to) = (old.process.identity(), successor.identity);
-        let Err(seen) = self.inventory.vm_handed_over(name, from, to, spec) else {
+        let given = successor.spec.as_ref();
+        let decided = self.inventory.vm_handed_over(name, from, to, spec, given);
+        let Err(seen) = decided else {
             return Ok(());
         };
         let undone = seen

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use strake_api::control::{
-    BootConfig, DiskConfig, MachineConfig, MemoryConfig, NicConfig, Request,
+    BootConfig, DiskConfig, DiskLimits, MachineConfig, MemoryConfig, NicConfig, Request,
 };
 use strake_api::spec::{BootSpec, VmSpec, parse_mac};
 use strake_observe::{Because, OsContext, Result};
@@ -19,7 +19,7 @@ use super::handover::LentFiles;
 use super::{Host, private};
 use crate::FileIdentity;
 use crate::config::show;
-use crate::inventory::{DiskRecord, VmRecord, Workload};
+use crate::inventory::{DiskRecord, NicRecord, VmRecord, Workload};
 use crate::monitor::descriptors::Descriptors;
 use crate::net;
 use crate::observations::{InventoryCorrupt, KvmUnavailable};
@@ -33,6 +33,8 @@ pub(super) struct Launch {
     pub(super) configure: Request,
     /// Which file each disk's image is.
     pub(super) files: Vec<(String, FileIdentity)>,
+    /// A VM as profiles make it: what the machine is given.
+    pub(super) spec: Option<VmSpec>,
     pub(super) fds: Descriptors,
 }
 
@@ -46,14 +48,19 @@ impl Host {
     /// Opens everything that the monitor needs for what it is to run.
     pub(super) fn prepare_launch(&self, vm: &VmRecord) -> Result<Launch> {
         match &vm.what {
-            Workload::Vm(spec) => self.prepare_machine(vm, spec, None),
+            Workload::Vm(_) => {
+                // From here on the VM is what profiles make of it.
+                let spec = self.effective(vm, &self.place_now()?)?;
+                self.prepare_machine(vm, &spec, None)
+            }
             Workload::Export(spec) => self.prepare_export(vm, spec),
         }
     }
 
     /// The same for a monitor that takes the guest over from another one, which lent what it has.
     pub(super) fn prepare_successor(&self, vm: &VmRecord, lent: LentFiles) -> Result<Launch> {
-        self.prepare_machine(vm, vm.spec()?, Some(lent))
+        let spec = self.after_restart(vm, &self.place_now()?)?;
+        self.prepare_machine(vm, &spec, Some(lent))
     }
 
     fn prepare_machine(
@@ -75,7 +82,8 @@ impl Host {
             let queues = named
                 .and_then(|named| named.queues)
                 .unwrap_or(u16::from(spec.cpus));
-            let (config, file) = self.disk(vm, disk, queues, lent.as_mut(), &mut fds)?;
+            let (mut config, file) = self.disk(vm, disk, queues, lent.as_mut(), &mut fds)?;
+            config.limits = super::steer::limits(spec, &disk.name);
             disks.push(config);
             files.push((disk.name.clone(), file));
         }
@@ -90,7 +98,7 @@ impl Host {
                 slot: nic.slot,
                 tap: match &mut lent {
                     Some(lent) => fds.add(lent.tap(&vm.name, &nic.name)?)?,
-                    None => fds.add(net::open_tap(&nic.tap, nic.bridge.as_deref())?)?,
+                    None => fds.add(net::open_tap(&nic.tap, bridge(spec, nic))?)?,
                 },
                 mac,
             });
@@ -118,11 +126,12 @@ impl Host {
                 boot,
                 disks,
                 nics,
-                console: spec.console,
+                console: spec.console.unwrap_or_default(),
                 console_log,
                 observations,
             })),
             files,
+            spec: Some(spec.clone()),
             fds,
         })
     }
@@ -172,6 +181,7 @@ impl Host {
             read_only: disk.read_only,
             serial: disk.name.clone(),
             queues,
+            limits: DiskLimits::default(),
         };
         Ok((config, file))
     }
@@ -193,6 +203,12 @@ impl Host {
                 |(other, disk)| format!("disk '{}' of VM '{}'", disk.name, other.name),
             )
     }
+}
+
+/// The bridge that an interface joins.
+fn bridge<'a>(spec: &'a VmSpec, nic: &NicRecord) -> Option<&'a str> {
+    let named = spec.nics.iter().find(|named| named.name == nic.name)?;
+    named.bridge.as_deref()
 }
 
 fn boot(boot: &BootSpec, vm: &VmRecord, fds: &mut Descriptors) -> Result<BootConfig> {

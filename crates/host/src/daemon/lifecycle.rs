@@ -149,6 +149,10 @@ impl Host {
                 live.trouble = trouble;
             },
         );
+        // What was changed while it was being started.
+        if let Err(seen) = self.bring_into_force(cell) {
+            note(seen);
+        }
         Ok(doubt)
     }
 
@@ -158,6 +162,9 @@ impl Host {
         private(&self.config.vm_run(name))?;
         // From here on a daemon that comes back must look for a monitor.
         self.inventory.vm_starting(name, &launch.files)?;
+        if let Some(spec) = &launch.spec {
+            self.inventory.in_force(name, spec)?;
+        }
         let socket = self.config.control_socket(name);
         let log = self.config.monitor_log(name);
         crash::point("before-spawn");

@@ -14,6 +14,8 @@
 //!    May be held for as long as a monitor takes to accept a job, so a supervisor never waits for
 //!    it while its VM runs: a guest may stand still until it answers.
 //! 3. `Host::placing`: one decision about who gets which image at a time.
+//!    Then `Host::steering`: one change of profiles, labels or values at a time; then
+//!    `Host::forcing`: one change of running machines after it.
 //! 4. `Host::verdicts`: one decision about the commit of one job at a time.
 //! 5. [`Cell::live`]: what the VM does now. A leaf: nothing is waited for while it is held.
 //!
@@ -34,11 +36,13 @@ mod migrate;
 mod recover;
 mod settle;
 mod sharing;
+mod steer;
 mod supervise;
 mod verdicts;
 mod view;
 
 pub use create::Images;
+pub use steer::Intent;
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
@@ -63,6 +67,9 @@ pub struct Host {
     inventory: Inventory,
     cells: Mutex<BTreeMap<String, Arc<Cell>>>,
     placing: Mutex<()>,
+    steering: Mutex<()>,
+    forcing: Mutex<()>,
+    profiles: steer::Profiles,
     verdicts: verdicts::Verdicts,
     since: Instant,
     _locks: [DirectoryLock; 2],
@@ -79,7 +86,10 @@ impl Host {
         let not_started = || DaemonNotStarted { state_dir };
         task("start the daemon", not_started, |_| {
             let host = Arc::new(Self::prepare(config)?);
+            host.load_profiles()?;
             host.recover()?;
+            // What a daemon before had committed and not yet made true.
+            host.bring_all_into_force();
             host.keep_house()?;
             Ok(host)
         })
@@ -98,6 +108,9 @@ impl Host {
             config,
             cells: Mutex::default(),
             placing: Mutex::default(),
+            steering: Mutex::default(),
+            forcing: Mutex::default(),
+            profiles: steer::Profiles::default(),
             verdicts: verdicts::Verdicts::default(),
             since: Instant::now(),
             _locks: locks,

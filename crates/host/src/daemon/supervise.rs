@@ -151,6 +151,11 @@ impl Host {
                 JobNews::Ended(monitor, status) => self.job_ended(cell, &monitor, &status),
                 JobNews::Reconcile(monitor) => self.reconcile_jobs(cell, &monitor),
             }
+            // A disk that has moved lies among the labels of another datastore; and whoever was
+            // not reached by a change is reached now.
+            if let Err(seen) = self.bring_into_force(cell) {
+                note(seen);
+            }
         }
     }
 }

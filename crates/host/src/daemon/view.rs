@@ -6,6 +6,7 @@ use strake_api::rest::{Disk, Export, Nic, Vm, VmState};
 use strake_nbd::{Address, Security, Uri};
 use strake_observe::Result;
 
+use super::steer::Place;
 use super::{Host, now_ms};
 use crate::inventory::{VmRecord, Workload};
 use crate::observations::NoSuchExport;
@@ -25,10 +26,11 @@ impl Host {
     /// The inventory cannot be read.
     pub fn vms(&self) -> Result<Vec<Vm>> {
         let records = self.inventory.vms()?;
+        let place = self.place_now()?;
         records
             .into_iter()
             .filter(|record| matches!(record.what, Workload::Vm(_)))
-            .map(|record| self.view(record, Depth::Record))
+            .map(|record| self.view(record, Depth::Record, &place))
             .collect()
     }
 
@@ -37,11 +39,19 @@ impl Host {
     /// # Errors
     /// No such VM, or the inventory cannot be read.
     pub fn vm(&self, name: &str) -> Result<Vm> {
-        self.view(self.inventory.vm(name)?, Depth::Monitor)
+        self.view(self.inventory.vm(name)?, Depth::Monitor, &self.place_now()?)
     }
 
-    fn view(&self, record: VmRecord, depth: Depth) -> Result<Vm> {
-        let spec = record.spec()?.clone();
+    fn view(&self, record: VmRecord, depth: Depth, place: &Place) -> Result<Vm> {
+        let own = record.spec()?.clone();
+        let pending = self.pending(&record, place);
+        // In conflict, or with an inventory that nobody steered: its own words.
+        let spec = match (&record.in_force, self.runs(&record.name)) {
+            (Some(given), true) => given.clone(),
+            _ => self
+                .effective(&record, place)
+                .unwrap_or_else(|_| own.clone()),
+        };
         let shown = self.shown(&record, depth)?;
         Ok(Vm {
             revision: record.revision,
@@ -62,6 +72,8 @@ impl Host {
                 .collect(),
             name: record.name,
             spec,
+            own,
+            pending,
         })
     }
 

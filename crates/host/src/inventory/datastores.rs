@@ -103,6 +103,10 @@ impl Inventory {
                 .into());
             }
             tx.execute("DELETE FROM datastores WHERE name = ?1", [name])?;
+            tx.execute(
+                "DELETE FROM labels WHERE kind = 'datastore' AND object = ?1",
+                [name],
+            )?;
             Ok(())
         })
     }

@@ -9,6 +9,7 @@
 mod datastores;
 mod jobs;
 mod schema;
+mod steer;
 #[cfg(test)]
 mod tests;
 mod vms;
@@ -23,6 +24,7 @@ use strake_observe::{Observation, OsContext, Result};
 
 pub use datastores::DatastoreRecord;
 pub use jobs::{JobFiles, JobRecord, JobState, NewJob};
+pub use steer::{Labels, ProfileRecord, Steering};
 pub use vms::{DiskRecord, NicRecord, StoredState, VmRecord, Workload};
 
 use crate::config::show;

@@ -97,6 +97,28 @@ pub(super) const STEPS: &[&str] = &[
     ALTER TABLE vms ADD COLUMN of_disk TEXT;
     CREATE UNIQUE INDEX exports_by_disk ON vms(of_vm, of_disk) WHERE of_vm IS NOT NULL;
 ",
+    // Profiles as they were written, the labels of what has no spec, and what each machine was
+    // given when it was started or last changed.
+    "
+    CREATE TABLE profiles (
+        name TEXT PRIMARY KEY,
+        file TEXT NOT NULL,
+        text TEXT NOT NULL
+    ) STRICT;
+
+    CREATE TABLE labels (
+        kind TEXT NOT NULL,
+        object TEXT NOT NULL,
+        key TEXT NOT NULL,
+        value TEXT NOT NULL,
+        PRIMARY KEY (kind, object, key)
+    ) STRICT;
+
+    CREATE TABLE in_force (
+        vm TEXT PRIMARY KEY REFERENCES vms(name) ON DELETE CASCADE,
+        spec TEXT NOT NULL
+    ) STRICT;
+",
 ];
 
 pub(super) fn migrate(tx: &Transaction<'_>, path: &str) -> Attempt<()> {

@@ -68,8 +68,10 @@ pub struct VmRecord {
     pub name: String,
     /// Grows with each change.
     pub revision: u64,
-    /// What it is.
+    /// What it is, in its own words.
     pub what: Workload,
+    /// What a VM's machine was given when it last started, with what was changed since.
+    pub in_force: Option<VmSpec>,
     /// What was last known of it.
     pub state: StoredState,
     /// Why it last ended.
@@ -379,7 +381,7 @@ impl Inventory {
     }
 
     /// The decision of a handover: from now on the guest is `to`'s, and its VM is `spec`, if that
-    /// changes. `from` must be whose it was. Does not wait for the disk, because the guest waits: a
+    /// changes; `given` is what its machine has. `from` must be whose it was. Does not wait for the disk, because the guest waits: a
     /// loss of power ends both monitors anyway.
     ///
     /// # Errors
@@ -390,8 +392,10 @@ impl Inventory {
         from: (u32, u64),
         to: (u32, u64),
         spec: Option<&VmSpec>,
+        given: Option<&VmSpec>,
     ) -> Result<()> {
         let spec = spec.map(|spec| to_json(name, spec)).transpose()?;
+        let given = given.map(|given| to_json(name, given)).transpose()?;
         self.write_soon("hand a VM over", |tx| {
             let changed = tx.execute(
                 "UPDATE vms SET revision = revision + 1, other_pid = pid,
@@ -400,10 +404,16 @@ impl Inventory {
                      WHERE name = ?1 AND state = 'running' AND pid = ?4 AND pid_start = ?5",
                 params![name, to.0, to_sql(to.1), from.0, to_sql(from.1), spec],
             )?;
-            match changed {
-                0 => Err(missing(name).into()),
-                _ => Ok(()),
+            if changed == 0 {
+                return Err(missing(name).into());
             }
+            if let Some(given) = given {
+                tx.execute(
+                    "INSERT OR REPLACE INTO in_force (vm, spec) VALUES (?1, ?2)",
+                    params![name, given],
+                )?;
+            }
+            Ok(())
         })
     }
 
@@ -649,6 +659,7 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
         name: name.to_owned(),
         revision: from_sql(raw.revision),
         what,
+        in_force: super::steer::given(db, name)?,
         state: StoredState::parse(&raw.state).ok_or_else(|| {
             Observation::from(InventoryCorrupt {
                 record: record.clone(),

@@ -6,6 +6,7 @@
 mod console;
 mod problem;
 mod query;
+mod steer;
 
 use std::sync::Arc;
 
@@ -53,6 +54,7 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
         .route("/v1/datastores", get(datastores).post(add_datastore))
         .route("/v1/datastores/{name}", delete(remove_datastore))
         .route("/v1/observations", get(observations))
+        .merge(steer::routes())
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
         .with_state(host)

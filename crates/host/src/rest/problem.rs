@@ -34,19 +34,24 @@ fn status_of(seen: &Observation) -> StatusCode {
 }
 
 fn known(seen: &Observation) -> Option<StatusCode> {
+    if seen.id().starts_with("profile.") {
+        return Some(StatusCode::UNPROCESSABLE_ENTITY);
+    }
     own(seen.id()).or_else(|| seen.causes().iter().find_map(known))
 }
 
 /// One line for each observation that is the client's to mend.
 fn own(id: &str) -> Option<StatusCode> {
     Some(match id {
-        "host.no-such-vm"
+        "host.no-such-profile"
+        | "host.no-such-vm"
         | "host.no-such-export"
         | "host.no-such-disk"
         | "host.no-such-datastore"
         | "host.no-such-job" => StatusCode::NOT_FOUND,
         "host.request-refused" | "host.bad-name" => StatusCode::BAD_REQUEST,
         "api.spec-invalid"
+        | "host.value-refused"
         | "api.spec-problems"
         | "host.image-refused"
         | "host.chain-refused"
@@ -55,7 +60,10 @@ fn own(id: &str) -> Option<StatusCode> {
         | "host.datastore-refused"
         | "host.boot-file-refused"
         | "host.destination-too-small" => StatusCode::UNPROCESSABLE_ENTITY,
-        "host.vm-exists"
+        "host.profile-in-use"
+        | "host.steering-refused"
+        | "host.effective-conflict"
+        | "host.vm-exists"
         | "host.datastore-exists"
         | "host.not-a-vm"
         | "host.disk-exported"

@@ -46,6 +46,17 @@ impl<'a> Query<'a> {
             .transpose()
     }
 
+    pub(super) fn flag(&self, key: &str) -> Result<bool> {
+        match self.get(key) {
+            None | Some("false") => Ok(false),
+            Some("true" | "") => Ok(true),
+            Some(other) => Err(refused(
+                format!("'{other}' is neither true nor false"),
+                format!("write {key}=true"),
+            )),
+        }
+    }
+
     pub(super) fn images(&self) -> Result<Images> {
         match self.get("disks") {
             None | Some("keep") => Ok(Images::Keep),

@@ -135,6 +135,7 @@ fn configuration(options: &Options) -> Result<(MachineConfig, Vec<OwnedFd>)> {
                     read_only: false,
                     serial: format!("disk{index}"),
                     queues: options.cpus.into(),
+                    limits: strake_api::control::DiskLimits::default(),
                 })
             })
             .collect::<Result<_>>()?,

@@ -70,6 +70,9 @@ impl Server {
             Request::Pause => self.live("pause")?.pause()?,
             Request::Resume => self.live("resume")?.resume()?,
             Request::PowerButton => self.live("press the power button")?.press_power_button()?,
+            Request::SetDiskLimits { disk, limits } => {
+                self.live("limit a disk")?.set_disk_limits(&disk, limits)?;
+            }
             Request::AttachConsole { stream } => {
                 let stream = fds.take(stream, "the console")?;
                 self.live("attach a console")?.attach_console(stream)?;

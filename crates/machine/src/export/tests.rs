@@ -43,6 +43,7 @@ fn config() -> ExportConfig {
             read_only: false,
             serial: "root".to_owned(),
             queues: 4,
+            limits: strake_api::control::DiskLimits::default(),
         },
         observations: None,
         front_ends: vec![

@@ -207,6 +207,7 @@ impl Work for BlkWork {
 
     fn start(&mut self) -> Result<Progress, Fault> {
         self.accepting = true;
+        self.disk.hurry(false);
         self.step()
     }
 
@@ -219,6 +220,8 @@ impl Work for BlkWork {
 
     fn stop(&mut self) {
         self.accepting = false;
+        // The machine comes to rest: what is left must not take as long as a limit makes it.
+        self.disk.hurry(true);
     }
 
     fn idle(&self) -> bool {

@@ -260,6 +260,7 @@ fn with_disk(cpus: u8) -> Option<(Monitor, Daemon)> {
         read_only: false,
         serial: "test-root".to_owned(),
         queues: 1,
+        limits: strake_api::control::DiskLimits::default(),
     });
     fds.push(read_write(&image).into());
     let reply = daemon.ask_with(Request::Configure(Box::new(config)), &fds);
