@@ -157,6 +157,9 @@ pub enum Request {
         journal: FdIndex,
         /// Limits.
         limits: MigrationLimits,
+        /// Where the job keeps what it takes to be taken up again.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep: Option<KeepConfig>,
     },
     /// Answered by [`Reply::Job`].
     JobStatus {
@@ -193,6 +196,17 @@ pub enum Request {
         /// Whether the binding record now names the destination.
         committed: bool,
     },
+}
+
+/// Where a job keeps its progress, beside its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KeepConfig {
+    /// An empty file.
+    New(FdIndex),
+    /// What an earlier run of the job has left; destination and journal are those of that run. Only before
+    /// [`Request::Start`].
+    Again(FdIndex),
 }
 
 /// What a monitor answers.

@@ -179,10 +179,32 @@ pub struct MigrationLimits {
     /// How long the guest's own requests may take before the copy gives way.
     #[serde(skip_serializing_if = "Latency::is_default")]
     pub latency: Latency,
+    /// How much of its store the destination takes.
+    #[serde(skip_serializing_if = "Space::is_default")]
+    pub space: Space,
     /// The most that the overlay of method `snapshot` may get, in bytes, before the job turns back;
     /// none means the size of the disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delta_bytes: Option<u64>,
+}
+
+/// How much of its store a destination takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Space {
+    /// What has data: holes stay holes, and what is found to be zeroes becomes one.
+    #[default]
+    Thin,
+    /// All of the disk's size, from the start: no later write of the guest can find its store full.
+    Thick,
+}
+
+impl Space {
+    /// Whether it is the usual one.
+    #[must_use]
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// How long the reads and writes of a guest may take, in the mean, before a copy beside it gives way.
@@ -287,6 +309,7 @@ impl Default for MigrationLimits {
             method: Method::default(),
             iops: None,
             latency: Latency::default(),
+            space: Space::default(),
             delta_bytes: None,
         }
     }
@@ -309,6 +332,13 @@ impl Progress {
     pub fn is_on(&self) -> bool {
         *self == Self::On
     }
+}
+
+/// What a job that can be taken up again has kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// Bytes that need not be copied again if the VM or its host died now.
+    pub bytes: u64,
 }
 
 /// What a copy costs the guest.
@@ -428,9 +458,9 @@ pub struct MigrationStatus {
     /// microseconds, while the guest makes any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latency: Option<Box<LatencySeen>>,
-    /// Bytes that need not be copied again if the VM or its host died now, for a job that keeps that.
+    /// What a job that can be taken up again has kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kept_bytes: Option<u64>,
+    pub kept: Option<Box<Kept>>,
     /// The overlay that the disk is on. In a job that has ended: that it was left on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub overlay: Option<Box<OverlayStatus>>,
@@ -456,7 +486,7 @@ impl MigrationStatus {
             method: None,
             progress: Progress::On,
             latency: None,
-            kept_bytes: None,
+            kept: None,
             overlay: None,
             failure: None,
         }

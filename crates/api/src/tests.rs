@@ -6,7 +6,7 @@ use crate::control::{
     NicConfig, Packet, Reply, Request, RunState, VmStatus,
 };
 use crate::job::{
-    Ceiling, JobId, Latency, LatencySeen, LimitsChange, MigrationLimits, MigrationStatus,
+    Ceiling, JobId, Kept, Latency, LatencySeen, LimitsChange, MigrationLimits, MigrationStatus,
     PassReport, Phase, Progress,
 };
 use crate::spec::{MAX_CMDLINE, MAX_DEVICE_NAME, MAX_DEVICES, MAX_NAME, MAX_PATH};
@@ -38,7 +38,7 @@ fn status(passes: u32) -> MigrationStatus {
             before_us: u64::MAX,
             target_us: Some(u64::MAX),
         })),
-        kept_bytes: Some(u64::MAX),
+        kept: Some(Box::new(Kept { bytes: u64::MAX })),
         overlay: None,
         failure: None,
     }
@@ -134,6 +134,7 @@ fn packets_come_through_whole() {
             },
             journal: FdIndex(1),
             limits: MigrationLimits::default(),
+            keep: None,
         }),
         Body::Request(Request::JobDecision {
             job: job(),

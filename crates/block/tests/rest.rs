@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use common::{Guest, Habit, Job, create, dir, two, verify};
 use strake_api::job::{
     Ceiling, Latency, LimitsChange, Method, MigrationLimits, MigrationStatus, Phase, Progress,
-    Suspend,
+    Space, Suspend,
 };
 use strake_block::{Blocking, Fault, FaultImage, FaultOn, Image, LiveDisk};
 
@@ -282,4 +282,36 @@ fn vcpus_that_do_not_stand_in_time_are_asked_again() {
         "it was never refused"
     );
     verify(bench.disk.image().as_ref(), &bench.guest.stop());
+}
+
+#[test]
+fn a_thick_destination_keeps_its_space_where_zeroes_come() {
+    use std::os::unix::fs::MetadataExt;
+    for (space, method) in [
+        (Space::Thick, Method::Dirty),
+        (Space::Thick, Method::Mirror),
+        (Space::Thin, Method::Dirty),
+    ] {
+        let dir = dir();
+        let (a, b) = two(&dir);
+        let source = create(&a, SIZE);
+        Blocking::new(source.as_ref())
+            .unwrap()
+            .write(4 << 20, &[7; 4096])
+            .unwrap();
+        // Something that is to become zeroes.
+        std::fs::write(&b, vec![1; SIZE as usize]).unwrap();
+        let disk = LiveDisk::new("root", Arc::clone(&source));
+        let limits = MigrationLimits {
+            space,
+            bytes_per_second: None,
+            ..slow(method)
+        };
+        let to = common::open(&b);
+        let job = Job::start(&disk, &to, limits).unwrap();
+        assert_eq!(job.finish(true).phase, Phase::Completed);
+        common::same(source.as_ref(), to.as_ref(), SIZE);
+        let taken = std::fs::metadata(&b).unwrap().blocks() * 512;
+        assert_eq!(taken >= SIZE, space == Space::Thick, "{space:?}: {taken}");
+    }
 }

@@ -108,6 +108,18 @@ strake_observe::catalog! {
     text "the migration of disk {disk} of {vm} (job {job}) was cancelled: it stays on {source}";
     remedy "migrate it again when it suits";
 
+    /// A VM ended before a migration of its disk.
+    MigrationInterrupted("cli.migration-interrupted") {
+        /// The VM.
+        vm: String,
+        /// The disk.
+        disk: String,
+        /// The job.
+        job: String,
+    }
+    text "the migration of disk {disk} of {vm} (job {job}) is interrupted: the VM ended before it";
+    remedy "start the VM, which takes it up again, and wait for the job once more; or cancel it";
+
     /// A VM ended by a failure while its console was open.
     VmFailed("cli.vm-failed") {
         /// The VM.

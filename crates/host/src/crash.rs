@@ -32,6 +32,7 @@ pub const CRASH_POINTS: &[&str] = &[
     "after-job-recorded",
     "after-destination-named",
     "after-job-accepted",
+    "after-job-taken-up",
     "before-commit",
     "after-commit-before-reply",
     "after-commit-reply",

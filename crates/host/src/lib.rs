@@ -34,5 +34,5 @@ pub use config::HostConfig;
 pub use crash::CRASH_POINTS;
 pub use daemon::{Host, Images, Intent};
 pub use monitor::packet;
-pub use storage::identity::FileIdentity;
+pub use storage::identity::{FileIdentity, Stamp};
 pub use storage::location::{Binding, Location};

@@ -740,6 +740,14 @@ strake_observe::catalog! {
     text "job {job} ended with its monitor: {reason}";
     remedy "start the VM and migrate again";
 
+    /// An interrupted job was not taken up again.
+    JobNotTakenUp("host.job-not-taken-up") {
+        /// The job.
+        job: String,
+    }
+    text "job {job} was interrupted and cannot be taken up again; its disk stays on its source";
+    remedy "start the migration again: it begins from the start";
+
     /// The monitor does not know the job.
     JobForgotten("host.job-forgotten") {
         /// The job.

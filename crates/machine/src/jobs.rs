@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use strake_api::control::Event;
 use strake_api::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus};
-use strake_block::{Image, LiveDisk, Migration, SwitchHooks};
+use strake_block::{Image, Keep, LiveDisk, Migration, SwitchHooks};
 use strake_observe::Result;
 
 use crate::Mailbox;
@@ -40,6 +40,8 @@ pub struct MigrationRequest {
     pub journal: OwnedFd,
     /// Limits.
     pub limits: MigrationLimits,
+    /// Whether it can be taken up again.
+    pub keep: Keep,
 }
 
 /// Keeps the guest from running for a moment.
@@ -116,10 +118,11 @@ impl Jobs {
             .ok_or_else(|| NoSuchDisk {
                 disk: request.disk.clone(),
             })?;
-        let migration = Migration::start(
+        let migration = Migration::start_kept(
             Arc::clone(disk),
             request.destination,
             File::from(request.journal),
+            request.keep,
             request.job.clone(),
             request.limits,
             Arc::new(Hooks {
@@ -177,15 +180,16 @@ impl Jobs {
             .collect()
     }
 
-    /// Ends what still copies. A job that awaits its commit stays as it is.
-    pub(crate) fn cancel_all(&self) {
+    /// Ends what still copies, so that the VM's next run can take it up again. A job that awaits its
+    /// commit stays as it is.
+    pub(crate) fn interrupt_all(&self) {
         let jobs = self.lock();
         let end = Instant::now() + CANCEL_LIMIT;
         // All are asked before one is waited for.
         let asked: Vec<_> = jobs
             .iter()
             .filter(|(_, migration)| !migration.status().phase.is_final())
-            .filter(|(_, migration)| migration.cancel().is_ok())
+            .filter(|(_, migration)| migration.interrupt().is_ok())
             .collect();
         for (_, migration) in asked {
             while !migration.status().phase.is_final() && Instant::now() < end {
@@ -246,7 +250,7 @@ mod tests {
             method: None,
             progress: Progress::Paused,
             latency: Some(Box::default()),
-            kept_bytes: Some(u64::MAX),
+            kept: Some(Box::default()),
             overlay: None,
             failure: None,
         };

@@ -336,7 +336,7 @@ impl Machine {
     pub fn guest_ended(&self) {
         self.lock().stopped = true;
         self.vcpus.leave();
-        self.jobs.cancel_all();
+        self.jobs.interrupt_all();
     }
 
     /// Ends the guest and brings everything to rest: vCPUs gone, jobs ended, requests finished,
@@ -349,7 +349,7 @@ impl Machine {
             run.started.is_some()
         };
         self.vcpus.leave();
-        self.jobs.cancel_all();
+        self.jobs.interrupt_all();
         let mut seen = Vec::new();
         let mut incomplete = |part: &str, cause: Observation| {
             seen.push(

@@ -205,12 +205,14 @@ impl Machine {
                 disk,
                 destination,
                 journal,
+                keep,
                 ..
             } => {
                 let late = self.told("accept-late") && self.jobs.len() == 2;
                 let order = Order {
                     job,
                     disk,
+                    keep,
                     destination,
                     journal,
                 };

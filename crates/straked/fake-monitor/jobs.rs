@@ -1,10 +1,12 @@
 //! Migrations: one copy, then the question for the commit.
 
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::process::abort;
 use std::sync::Arc;
 
-use strake_api::control::{Event, FdIndex, ImageConfig, Reply};
+use strake_api::control::{Event, FdIndex, ImageConfig, KeepConfig, Reply};
 use strake_api::job::{Ceiling, JobId, LimitsChange, MigrationStatus, PassReport, Phase, Progress};
 use strake_block::Image;
 use strake_observe::{OsContext, Result};
@@ -17,6 +19,7 @@ use crate::staged;
 pub(crate) struct Order {
     pub(crate) job: JobId,
     pub(crate) disk: String,
+    pub(crate) keep: Option<KeepConfig>,
     pub(crate) destination: ImageConfig,
     pub(crate) journal: FdIndex,
 }
@@ -25,6 +28,7 @@ pub(crate) struct Job {
     pub(crate) status: MigrationStatus,
     destination: Option<Arc<dyn Image>>,
     _journal: Option<OwnedFd>,
+    _kept: Option<File>,
 }
 
 impl Job {
@@ -52,18 +56,35 @@ impl Machine {
             Ok(image) => image,
             Err(seen) => return Reply::Failed(seen),
         };
+        // What is kept is that something was.
+        let kept = match order.keep {
+            Some(KeepConfig::New(file)) => {
+                let kept = fds.take(file).map(File::from);
+                if self.told("job=keep") {
+                    let _ = kept.as_ref().map(|mut file| file.write_all(b"kept"));
+                }
+                kept
+            }
+            Some(KeepConfig::Again(_)) if self.told("job=refuse-again") => {
+                return Reply::Failed(staged("job=refuse-again"));
+            }
+            Some(KeepConfig::Again(file)) => fds.take(file).map(File::from),
+            None => None,
+        };
+        let again = matches!(order.keep, Some(KeepConfig::Again(_)));
         let id = order.job.clone();
         let disk = self.disks.iter().find(|of| of.name == order.disk);
         let size = disk.map_or(0, |of| of.size);
         let job = Job {
             status: MigrationStatus {
                 phase: Phase::Copying,
-                throughput: 1,
+                throughput: if again { 2222 } else { 1 },
                 elapsed_ms: 1,
                 ..MigrationStatus::new(order.job, order.disk, size)
             },
             destination: Some(destination),
             _journal: fds.take(order.journal),
+            _kept: kept,
         };
         self.jobs.push(job);
         if !self.told("job=hold") {

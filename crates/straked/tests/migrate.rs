@@ -155,6 +155,32 @@ fn a_job_can_be_paused_resumed_and_limited_while_it_copies() {
 }
 
 #[test]
+fn a_thick_destination_has_its_space_from_the_start() {
+    use std::os::unix::fs::MetadataExt;
+    let world = running("job=hold");
+    let taken = || {
+        std::fs::metadata(world.path("fast/web1-root.raw"))
+            .unwrap()
+            .blocks()
+            * 512
+    };
+    let job = world.migrate("fast");
+    world.wait_for_phase(&job, Phase::Copying);
+    assert_eq!(taken(), 0);
+    let _: Job = world.ok("POST", "/v1/jobs/job-1/cancel", &Value::Null);
+    stays_on_source(&world, &job);
+    let body = json!({ "to": "fast", "limits": { "space": "thick" } });
+    let job: Job = world.ok("POST", MIGRATE, &body);
+    world.wait_for_phase(&job, Phase::Copying);
+    assert!(taken() >= DISK, "{}", taken());
+    world.tell("web1", "go");
+    assert_eq!(world.wait_for_job(&job).status.phase, Phase::Completed);
+    let body = json!({ "to": "slow", "format": "qcow2", "limits": { "space": "thick" } });
+    let (status, seen) = world.refused("POST", MIGRATE, &body);
+    assert_eq!(status, 400, "{seen}");
+}
+
+#[test]
 fn a_job_can_be_cancelled_while_it_copies() {
     let world = running("job=hold");
     let job = world.migrate("fast");

@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use strake_api::job::Space;
 use strake_observe::{Observation, Result};
 
 use super::pace::Pace;
@@ -112,6 +113,8 @@ pub(crate) struct Run<'a> {
     pub(crate) plan: &'a mut dyn Plan,
     /// Whether zeroes need not be written because the destination has them.
     pub(crate) fresh: Fresh,
+    /// Whether zeroes that are written free what they take.
+    pub(crate) space: Space,
     pub(crate) room: &'a mut dyn FnMut(Instant) -> Allowance,
     pub(crate) pace: &'a mut Pace,
     /// Sets the pace anew if somebody has changed the limits.
@@ -303,7 +306,7 @@ impl Copier {
                     Ok(Some(chunk)) => {
                         run.pace.start(now, chunk.len());
                         run.pace.request(now, 2);
-                        match self.start(slot, chunk, run.zones) {
+                        match self.start(slot, chunk, run.zones, run.space) {
                             Some(started) => outstanding += started,
                             None => stop = Some(Stop::Unmirrored),
                         }
@@ -327,7 +330,7 @@ impl Copier {
             };
             let _ = self.event.wait(wait);
             self.event.clear();
-            let ended = self.reap(run.fresh, run.zones, &mut tally, &mut stop);
+            let ended = self.reap((run.fresh, run.space), run.zones, &mut tally, &mut stop);
             outstanding -= ended.bytes;
             let now = Instant::now();
             if ended.bytes > 0 {
@@ -378,7 +381,13 @@ impl Copier {
 
     /// Starts a chunk and says how much is on its way by that; none if there is no mirroring any
     /// more that it could be a part of.
-    fn start(&mut self, index: usize, chunk: Chunk, zones: Option<&Zones<Event>>) -> Option<u64> {
+    fn start(
+        &mut self,
+        index: usize,
+        chunk: Chunk,
+        zones: Option<&Zones<Event>>,
+        space: Space,
+    ) -> Option<u64> {
         let slot = self.slots.get_mut(index)?;
         let tag = index as u64;
         match chunk {
@@ -413,7 +422,7 @@ impl Copier {
                 slot.covers = len;
                 self.destination.submit(Request {
                     tag,
-                    op: Operation::WriteZeroes { len, unmap: true },
+                    op: zeroes(len, space),
                     offset,
                     buffers: Vec::new(),
                 });
@@ -454,7 +463,7 @@ impl Copier {
     /// Takes what has ended, on both sides; says how much is no longer on its way.
     fn reap(
         &mut self,
-        fresh: Fresh,
+        how: (Fresh, Space),
         zones: Option<&Zones<Event>>,
         tally: &mut Tally,
         stop: &mut Option<Stop>,
@@ -480,8 +489,7 @@ impl Copier {
             match completion.result {
                 Ok(()) => {
                     tally.read += slot.len;
-                    tally.written +=
-                        write(slot, completion.tag, destination.as_mut(), zeroes, fresh);
+                    tally.written += write(slot, completion.tag, destination.as_mut(), zeroes, how);
                 }
                 Err(seen) => fail(seen),
             }
@@ -516,7 +524,7 @@ fn write(
     tag: u64,
     destination: &mut dyn ImageQueue,
     zeroes: &Aligned,
-    fresh: Fresh,
+    (fresh, space): (Fresh, Space),
 ) -> u64 {
     let mut data = 0;
     let mut at = 0;
@@ -542,7 +550,7 @@ fn write(
             slot.pending += 1;
             destination.submit(Request {
                 tag,
-                op: Operation::WriteZeroes { len, unmap: true },
+                op: self::zeroes(len, space),
                 offset,
                 buffers: Vec::new(),
             });
@@ -550,6 +558,11 @@ fn write(
         at = end;
     }
     data
+}
+
+fn zeroes(len: u64, space: Space) -> Operation {
+    let unmap = space == Space::Thin;
+    Operation::WriteZeroes { len, unmap }
 }
 
 /// Whether the block of a chunk at `at` is zero. One comparison of memory, which is the fastest way

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use strake_api::job::{
-    Method, MethodReason, MigrationLimits, OverlayStep, PassReport, Phase, Stage,
+    Kept, Method, MethodReason, MigrationLimits, OverlayStep, PassReport, Phase, Stage,
 };
 use strake_observe::{Observation, Result, Task};
 
@@ -245,7 +245,7 @@ impl Job {
         };
         if let Some(mut keeper) = self.keeper.take() {
             match phase {
-                Phase::Interrupted => keeper.leave(),
+                Phase::Interrupted => keeper.remain(),
                 // Nobody may take it up again once the guest goes on without it.
                 _ => keeper.close(),
             }
@@ -282,7 +282,7 @@ impl Job {
 
     fn migrate(&mut self) -> Result<(), End> {
         self.journal.begin()?;
-        self.keep()?;
+        self.keep();
         self.still_there()?;
         self.journal.reach(Phase::Copying, Durable::Now)?;
         self.control.update(|status| status.phase = Phase::Copying);
@@ -353,12 +353,18 @@ impl Job {
         self.mirror(why)
     }
 
-    /// From now on a crash loses little of the work, if anything is to be kept.
-    fn keep(&mut self) -> Result<()> {
-        if let Some(file) = self.kept.take() {
-            self.keeper = Some(self.keeper(file)?);
+    /// From now on a crash loses little of the work, if anything is to be kept. A store that is full is no
+    /// reason not to move a disk away from it.
+    fn keep(&mut self) {
+        let Some(file) = self.kept.take() else {
+            return;
+        };
+        match self.keeper(file) {
+            Ok(keeper) => self.keeper = Some(keeper),
+            Err(seen) => {
+                strake_observe::recorder().record(seen, strake_observe::State::Open);
+            }
         }
-        Ok(())
     }
 
     fn keeper(&self, file: File) -> Result<Keeper> {
@@ -490,7 +496,7 @@ impl Job {
             let kept = due.then(|| keeper.borrow().as_ref().map(Keeper::claimed_bytes));
             control.update(|status| {
                 if let Some(kept) = kept {
-                    status.kept_bytes = kept;
+                    status.kept = kept.map(|bytes| Box::new(Kept { bytes }));
                 }
                 status.throughput = throughput;
                 status.latency = neighbour.borrow().seen().map(Box::new);
@@ -536,6 +542,7 @@ impl Job {
         let result = self.copier.run(Run {
             plan,
             fresh,
+            space: self.limits.space,
             room: &mut room,
             pace,
             tune: &mut tune,

@@ -305,11 +305,19 @@ impl Keeper {
         }
     }
 
-    /// The disk is on its destination now, or nobody uses it any more: the file stays as it is.
+    /// The disk is on its destination now: what the file says means nothing any more.
     pub(crate) fn leave(&mut self) {
         self.over = true;
         self.shared.claims.off();
         self.disk.end_claims();
+    }
+
+    /// The job is interrupted. What of the guest's changes is still on its way goes by the claims until the
+    /// process ends: the thread that writes the file stays for that.
+    pub(crate) fn remain(mut self) {
+        self.over = true;
+        self.flush = None;
+        self.threads.clear();
     }
 
     /// The job ends on its source, and the guest goes on there.
@@ -345,11 +353,12 @@ fn write(shared: &Shared) {
         match written {
             Ok(()) => shared.claims.written(work),
             Err(seen) => {
-                // The job fails. Whoever waits goes on once nobody believes the file.
-                shared.fail(seen);
+                // The job goes on without, once nobody believes the file any more. If that cannot be said
+                // either, the job fails and the file is removed.
+                strake_observe::recorder().record(seen, strake_observe::State::Open);
                 let closed = lock(&shared.slots).close();
                 if let Err(seen) = closed {
-                    strake_observe::recorder().record(seen, strake_observe::State::Open);
+                    shared.fail(seen);
                 }
                 shared.claims.off();
                 return;

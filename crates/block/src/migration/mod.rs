@@ -357,8 +357,8 @@ impl Migration {
         .into())
     }
 
-    /// Ends the job as [`cancel`](Self::cancel) does, but what was kept stays true, so that it can be taken
-    /// up again: only for a disk that nobody changes any more. Its phase becomes
+    /// Ends the job as [`cancel`](Self::cancel) does, but what was kept stays true for as long as this process
+    /// lives, so that the next one can take it up again: for a VM that ends. Its phase becomes
     /// [`Interrupted`](Phase::Interrupted), or cancelled if nothing is kept.
     ///
     /// # Errors

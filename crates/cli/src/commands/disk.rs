@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::{Subcommand, ValueEnum};
 use strake_api::image::ImageFormat;
-use strake_api::job::{Ceiling, Latency, Method, MigrationLimits, Suspend};
+use strake_api::job::{Ceiling, Latency, Method, MigrationLimits, Space, Suspend};
 use strake_api::rest::MigrateDisk;
 use strake_observe::Result;
 
@@ -77,6 +77,10 @@ pub struct Migrate {
     /// How the disk is moved
     #[arg(long, value_enum, default_value_t = How::Auto)]
     pub method: How,
+
+    /// Take all of the disk's size on the destination's store at once, instead of what has data
+    #[arg(long)]
+    pub thick: bool,
 
     /// What stops for the switch-over
     #[arg(long, value_enum, default_value_t = Stops::Disk)]
@@ -156,6 +160,11 @@ async fn migrate(args: Migrate, context: &Context) -> Result<Exit> {
             bytes_per_second: args.rate.and_then(Ceiling::limit),
             iops: args.iops.and_then(Ceiling::limit),
             latency: args.latency_ms,
+            space: if args.thick {
+                Space::Thick
+            } else {
+                Space::Thin
+            },
             suspend: match args.suspend {
                 Stops::Disk => Suspend::Disk,
                 Stops::Vm => Suspend::Vm,

@@ -203,6 +203,10 @@ fn text(job: &Job) -> String {
         out.push('\n');
     }
     out.push_str(&format!("limits {}\n", job::limits(job)));
+    if let Some(kept) = &job.status.kept {
+        let kept = crate::units::bytes(kept.bytes);
+        out.push_str(&format!("kept   {kept}, which a crash would not lose\n"));
+    }
     if let Some(latency) = job::latency(job) {
         out.push_str(&format!("guest  {latency}\n"));
     }

@@ -19,6 +19,7 @@ use crate::context::Context;
 use crate::exit::Exit;
 use crate::observations::{
     DaemonGone, DaemonSilent, Interrupted, MigrationCancelled, MigrationFailed,
+    MigrationInterrupted,
 };
 use crate::signals::Interrupts;
 
@@ -143,6 +144,7 @@ fn verdict(job: Job) -> Result<Job> {
             job: id,
             source,
         }),
+        Phase::Interrupted => Observation::from(MigrationInterrupted { vm, disk, job: id }),
         Phase::Failed => Observation::from(MigrationFailed {
             vm,
             disk,

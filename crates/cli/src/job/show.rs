@@ -1,6 +1,6 @@
 //! A job as text.
 
-use strake_api::job::{Method, PassReport, Phase, Suspend};
+use strake_api::job::{Method, PassReport, Phase, Space, Suspend};
 use strake_api::rest::Job;
 
 use crate::output::{Align, Table, printable};
@@ -122,6 +122,9 @@ pub(crate) fn limits(job: &Job) -> String {
         parts.push(format!("{iops} requests/s"));
     }
     parts.push(format!("guest latency {}", limits.latency));
+    if limits.space == Space::Thick {
+        parts.push("thick".to_owned());
+    }
     parts.join(", ")
 }
 

@@ -112,7 +112,7 @@ impl Host {
                 self.verdicts.forget(id);
                 return Some(job.status.phase == Phase::Completed);
             }
-            JobState::Preparing | JobState::Aborted => Verdict::Refused,
+            JobState::Preparing | JobState::Interrupted | JobState::Aborted => Verdict::Refused,
             JobState::Running => self.commit(cell, &job),
         };
         *verdict = Some(decided);
@@ -316,10 +316,11 @@ pub(super) fn unnamed_path(destination: &Path) -> PathBuf {
 /// Whether only Strake gives such a name: to a job's files, which it removes whatever they are.
 pub(super) fn is_a_jobs(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().as_encoded_bytes();
-    name.starts_with(b".") && (name.ends_with(b".strake-journal") || name.ends_with(b".strake-new"))
+    let ends = [&b".strake-journal"[..], b".strake-new", b".strake-kept"];
+    name.starts_with(b".") && ends.iter().any(|end| name.ends_with(end))
 }
 
-fn beside(destination: &Path, what: &str) -> PathBuf {
+pub(super) fn beside(destination: &Path, what: &str) -> PathBuf {
     let name = destination
         .file_name()
         .unwrap_or_default()

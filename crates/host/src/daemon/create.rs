@@ -227,6 +227,7 @@ impl Host {
             record.spec()?;
             self.refuse_living_monitor(&cell, &record)?;
             self.refuse_exported(name)?;
+            self.end_all_interrupted(&cell)?;
             let _placing = guard(&self.placing);
             self.inventory.remove_vm(name)?;
             self.forget_cell(name);

@@ -198,6 +198,7 @@ impl Host {
                 .into());
             }
             self.refuse_living_monitor(&cell, &self.inventory.vm(name)?)?;
+            self.end_all_interrupted(&cell)?;
             let _placing = guard(&self.placing);
             self.inventory.remove_vm(name)?;
             self.forget_cell(name);

@@ -22,6 +22,7 @@ use strake_api::rest::{RestartVm, Restarted, StopVm, Vm, VmState};
 use strake_observe::{Because, Observation, Result, Task};
 
 use super::death::Death;
+use super::interrupted::Again;
 use super::launch::Launch;
 use super::live::{Cell, Live, Monitor, state_name};
 use super::supervise::Recorded;
@@ -159,6 +160,8 @@ impl Host {
     fn launch(&self, record: &VmRecord, task: &mut Task) -> Result<Started> {
         let name = &record.name;
         let launch = self.prepare_launch(record)?;
+        let cell = self.cell(name)?;
+        let again = self.prepare_again(&cell, record)?;
         private(&self.config.vm_run(name))?;
         // From here on a daemon that comes back must look for a monitor.
         self.inventory.vm_starting(name, &launch.files)?;
@@ -175,7 +178,8 @@ impl Host {
         let recorded = Process::identity_of(&child)
             .and_then(|process| self.inventory.vm_spawned(name, process));
         let mut newborn = Newborn::Child(child);
-        let up = recorded.and_then(|()| self.bring_up(name, &launch, &socket, &mut newborn));
+        let up =
+            recorded.and_then(|()| self.bring_up(name, (&launch, again), &socket, &mut newborn));
         let seen = match up {
             Ok(up) => {
                 let process = newborn.keep()?;
@@ -216,7 +220,7 @@ impl Host {
     fn bring_up(
         &self,
         name: &str,
-        launch: &Launch,
+        (launch, again): (&Launch, Vec<Again>),
         socket: &Path,
         newborn: &mut Newborn,
     ) -> Result<BroughtUp> {
@@ -225,6 +229,9 @@ impl Host {
         let configure = launch.configure.clone();
         connection.call("configure", configure, &launch.fds(), CONFIGURE_PATIENCE)?;
         crash::point("after-configure");
+        for job in again {
+            self.take_up(&connection, job)?;
+        }
         let mut up = BroughtUp {
             connection,
             events,

@@ -12,15 +12,18 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
 use rustix::io::Errno;
-use strake_api::control::{Reply, Request};
+use strake_api::control::{KeepConfig, Reply, Request};
 use strake_api::image::ImageFormat;
-use strake_api::job::{JobId, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{
+    JobId, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase, Space,
+};
 use strake_api::rest::{Job, MigrateDisk};
 use strake_observe::{Because, OsContext, Result};
 
 use super::commit::{journal_path, unnamed_path};
+use super::interrupted::{create_kept, kept_path};
 use super::live::{Cell, Monitor};
 use super::{Host, guard, note, task};
 use crate::config::show;
@@ -51,6 +54,7 @@ const MAX_PAUSE_MS: u64 = 20_000;
 struct Files {
     destination: OwnedFd,
     journal: OwnedFd,
+    kept: Option<OwnedFd>,
     known: JobFiles,
 }
 
@@ -123,7 +127,18 @@ impl Host {
         let destination = to.path.join(file_name(vm, bound, looks.regular, format)?);
         store::room(&to.name, &to.path)?;
         refuse_existing(&destination)?;
-        store::require_room(&to.name, &to.path, looks.allocated)?;
+        let bytes = match request.limits.space {
+            Space::Thin => looks.allocated,
+            Space::Thick if format == ImageFormat::Raw => looks.size,
+            Space::Thick => {
+                return Err(RequestRefused {
+                    reason: format!("a {format} image takes its space as it needs it"),
+                    advice: "migrate to a raw image for --thick, or leave it out".to_owned(),
+                }
+                .into());
+            }
+        };
+        store::require_room(&to.name, &to.path, bytes)?;
         Ok(NewJob {
             vm: vm.to_owned(),
             disk: disk.to_owned(),
@@ -146,7 +161,7 @@ impl Host {
             self.inventory.reserve_job(new)?
         };
         crash::point("after-job-reserved");
-        let files = match create_files(new) {
+        let files = match create_files(new, &job) {
             Ok(files) => files,
             Err(seen) => {
                 self.take_back(&job, None);
@@ -187,6 +202,13 @@ impl Host {
             destination: destination.give(&mut fds)?,
             journal: fds.add(journal)?,
             limits: job.limits.clone(),
+            keep: match &files.kept {
+                Some(kept) => {
+                    let kept = kept.try_clone().os("dup", "a job's progress")?;
+                    Some(KeepConfig::New(fds.add(kept)?))
+                }
+                None => None,
+            },
         };
         let connection = monitor.connection();
         match connection.call("migrate a disk", request, &fds.all(), ACCEPT_PATIENCE) {
@@ -214,6 +236,10 @@ impl Host {
             ] {
                 left.extend(removal::remove(path, file, Claim::Ours).err());
             }
+            if let (Some(kept), Ok(source)) = (&made.kept, job.source.file()) {
+                let path = kept_path(source, &job.id);
+                left.extend(removal::remove(&path, kept, Claim::Ours).err());
+            }
         }
         left.extend(self.inventory.drop_job(&job.id).err());
         left.into_iter().for_each(note);
@@ -239,6 +265,7 @@ impl Host {
     fn job_view(&self, record: JobRecord) -> Job {
         let status = match record.state {
             JobState::Ended => record.status,
+            JobState::Interrupted => record.status,
             _ => self.live_status(&record).unwrap_or(record.status),
         };
         Job {
@@ -286,6 +313,9 @@ impl Host {
     /// # Errors
     /// No such job; [`JobNotActive`] if it is over or beyond cancelling.
     pub fn cancel_job(&self, id: &JobId) -> Result<Job> {
+        if let Some(ended) = self.cancel_interrupted(id)? {
+            return Ok(ended);
+        }
         let request = Request::CancelJob { job: id.clone() };
         self.ask_of_job(id, "cancel a job", "not to be cancelled now", request)?;
         self.job(id)
@@ -353,6 +383,10 @@ impl Host {
                 Phase::Cancelled => "cancelled",
                 _ => "failed",
             };
+            return Err(not_active(phase).into());
+        }
+        if record.state == JobState::Interrupted {
+            let phase = "interrupted: its VM's next start takes it up again";
             return Err(not_active(phase).into());
         }
         if record.state == JobState::Committed {
@@ -464,7 +498,7 @@ fn running_size(monitor: &Monitor, new: &NewJob) -> Result<u64> {
     })
 }
 
-fn create_files(new: &NewJob) -> Result<Files> {
+fn create_files(new: &NewJob, job: &JobRecord) -> Result<Files> {
     let destination = new.destination.file()?;
     let unnamed = unnamed_path(destination);
     let path = journal_path(destination);
@@ -478,6 +512,15 @@ fn create_files(new: &NewJob) -> Result<Files> {
     let format = new.destination.format;
     let destination = image::create_for(destination, &unnamed, format, new.size)?;
     let guard = Created::new(&unnamed, &destination.identity);
+    if new.limits.space == Space::Thick {
+        fallocate(&destination.fd, FallocateFlags::empty(), 0, new.size)
+            .map_err(std::io::Error::from)
+            .os("fallocate", unnamed.display())
+            .because_of(|| ImageNotCreated {
+                path: show(&unnamed),
+                size: new.size,
+            })?;
+    }
     let journal = OpenOptions::new()
         .read(true)
         .write(true)
@@ -500,14 +543,17 @@ fn create_files(new: &NewJob) -> Result<Files> {
     if let Some(directory) = path.parent() {
         store::sync(directory).because_of(not_created)?;
     }
+    let (kept, kept_identity) = create_kept(job).unzip();
     journal_guard.keep();
     guard.keep();
     Ok(Files {
         destination: destination.fd,
         journal: journal.into(),
+        kept,
         known: JobFiles {
             destination: destination.identity,
             journal: identity,
+            kept: kept_identity,
         },
     })
 }

@@ -29,6 +29,7 @@ mod death;
 mod exports;
 mod handover;
 mod housekeeping;
+mod interrupted;
 mod launch;
 mod lifecycle;
 mod live;

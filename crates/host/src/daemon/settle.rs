@@ -15,10 +15,11 @@ use strake_api::job::{MigrationStatus, Phase};
 use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::commit::{journal_path, unnamed_path};
+use super::interrupted::kept_path;
 use super::{Host, guard, note};
 use crate::config::show;
 use crate::crash;
-use crate::inventory::{JobRecord, JobState};
+use crate::inventory::{JobFiles, JobRecord, JobState};
 use crate::observations::{JobWithoutMonitor, MigrationFailed, NotRemoved};
 use crate::storage::image;
 use crate::storage::removal::{self, Claim};
@@ -49,7 +50,9 @@ impl Host {
             }
         };
         for job in active.iter().filter(|job| job.state == JobState::Running) {
-            self.refuse_for_ever(job);
+            if !self.interrupt(job) {
+                self.refuse_for_ever(job);
+            }
         }
         if active.is_empty() && before.is_none() {
             return;
@@ -66,6 +69,8 @@ impl Host {
             for job in active {
                 match host.inventory.job(&job.id) {
                     Ok(job) if job.state == JobState::Ended => {}
+                    // The VM runs by now, and has taken it up again.
+                    Ok(job) if job.state == JobState::Running && keeps(&job) => {}
                     Ok(job) => host.settle_without_monitor(&job, &why),
                     Err(seen) => note(seen),
                 }
@@ -92,7 +97,10 @@ impl Host {
             Ok(active) => active,
             Err(seen) => return note(seen),
         };
-        for job in active {
+        for mut job in active {
+            if self.interrupt(&job) {
+                job.state = JobState::Interrupted;
+            }
             self.settle_without_monitor(&job, why);
         }
     }
@@ -112,6 +120,9 @@ impl Host {
             ExitReason::Failed(death) => seen.because(death.clone()),
             _ => seen,
         };
+        if job.state == JobState::Interrupted && (job.stamp.is_some() || self.stamp(job, &seen)) {
+            return; // The next start takes it up again.
+        }
         self.settle(job, seen);
     }
 
@@ -131,6 +142,7 @@ impl Host {
     pub(super) fn finish_committed(&self, job: &JobRecord, status: &MigrationStatus) {
         let mut left = Vec::new();
         left.extend(remove_journal(job).err());
+        left.extend(remove_kept(job).err());
         if job.remove_source {
             crash::point("before-source-removal");
             let _placing = guard(&self.placing);
@@ -226,6 +238,25 @@ fn remove_source(job: &JobRecord) -> Result<()> {
     }
 }
 
+fn keeps(job: &JobRecord) -> bool {
+    job.files.as_ref().is_some_and(|files| files.kept.is_some())
+}
+
+fn remove_kept(job: &JobRecord) -> Result<()> {
+    let path = kept_path(job.source.file()?, &job.id);
+    let removed = match &job.files {
+        Some(JobFiles { kept: None, .. }) => return Ok(()),
+        Some(JobFiles {
+            kept: Some(kept), ..
+        }) => removal::remove(&path, kept, Claim::Ours).map(drop),
+        None => removal::remove_stale(&path),
+    };
+    removed.because_of(|| NotRemoved {
+        path: show(&path),
+        what: "the kept progress of a migration".to_owned(),
+    })
+}
+
 fn remove_journal(job: &JobRecord) -> Result<()> {
     let path = journal_path(job.destination.file()?);
     let removed = match &job.files {
@@ -266,5 +297,6 @@ fn remove_files(job: &JobRecord) -> Vec<Observation> {
         }
     }
     left.extend(remove_journal(job).err());
+    left.extend(remove_kept(job).err());
     left
 }

@@ -1,24 +1,28 @@
 //! Migration jobs in the inventory, and the transaction that moves a binding.
 //!
 //! ```text
-//! preparing ──► running ──► committed ──► ended (completed)
-//!     │            │
-//!     └────────────┴──► aborted ──► ended (failed or cancelled)
+//!                  ┌──► interrupted ──┐
+//!                  │        │         │
+//! preparing ──► running ◄───┘         │
+//!     │            ├──► committed ────┼──► ended (completed)
+//!     └────────────┴──► aborted ◄─────┘
+//!                          └─────────────► ended (failed or cancelled)
 //! ```
 //!
 //! `preparing`: the destination's name is taken; its file may exist. `running`: the file is the
 //! job's (it is recorded which one it is), and the monitor was or is about to be told. `committed`: the
 //! binding names the destination; the source and the journal may still have to be removed.
-//! `aborted`: it was decided that the binding stays; the destination must be removed.
+//! `interrupted`: its VM ended first; the binding stays for now, and the VM's next start takes it up again
+//! if it is recorded by then what its source looked like. `aborted`: it was decided that the binding stays; the destination must be removed.
 
 use rusqlite::{Connection, OptionalExtension, Row, params};
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus};
+use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
 use strake_observe::{Observation, Result};
 
 use super::vms::{binding, users_of_image};
 use super::{Attempt, Inventory, from_json, to_json};
 use crate::observations::{CommitFailed, DestinationExists, DiskBusy, InventoryCorrupt, NoSuchJob};
-use crate::{Binding, FileIdentity};
+use crate::{Binding, FileIdentity, Stamp};
 
 /// Ended jobs that are kept for those who ask later.
 const KEPT: u32 = 200;
@@ -30,6 +34,8 @@ pub enum JobState {
     Preparing,
     /// The destination exists and is the job's.
     Running,
+    /// Its VM has ended before it, and may take it up again.
+    Interrupted,
     /// The binding names the destination.
     Committed,
     /// The binding stays; the destination must go.
@@ -43,6 +49,7 @@ impl JobState {
         match self {
             Self::Preparing => "preparing",
             Self::Running => "running",
+            Self::Interrupted => "interrupted",
             Self::Committed => "committed",
             Self::Aborted => "aborted",
             Self::Ended => "ended",
@@ -53,6 +60,7 @@ impl JobState {
         [
             Self::Preparing,
             Self::Running,
+            Self::Interrupted,
             Self::Committed,
             Self::Aborted,
             Self::Ended,
@@ -87,6 +95,8 @@ pub struct JobRecord {
     pub source_file: Option<FileIdentity>,
     /// The files that were made for it, once they were.
     pub files: Option<JobFiles>,
+    /// What the source looked like when the job was interrupted, once it is known.
+    pub stamp: Option<Stamp>,
     /// The last status that was recorded.
     pub status: MigrationStatus,
 }
@@ -98,6 +108,8 @@ pub struct JobFiles {
     pub destination: FileIdentity,
     /// Which file the journal is.
     pub journal: FileIdentity,
+    /// Which file its progress is kept in, if it is.
+    pub kept: Option<FileIdentity>,
 }
 
 /// A job to be.
@@ -258,11 +270,65 @@ impl Inventory {
     pub fn job_running(&self, id: &JobId, files: &JobFiles) -> Result<()> {
         let destination = to_json("a job's destination", &files.destination)?;
         let journal = to_json("a job's journal", &files.journal)?;
+        let kept = files.kept.as_ref();
+        let kept = kept
+            .map(|kept| to_json("a job's progress", kept))
+            .transpose()?;
         self.write("record a job's destination", |tx| {
             step(tx, id, &[JobState::Preparing], JobState::Running)?;
             tx.execute(
-                "UPDATE jobs SET destination_file = ?2, journal_file = ?3 WHERE seq = ?1",
-                params![number(id), destination, journal],
+                "UPDATE jobs SET destination_file = ?2, journal_file = ?3, kept_file = ?4
+                     WHERE seq = ?1",
+                params![number(id), destination, journal, kept],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Decides that the binding stays for now: the job's VM has ended before it. Like
+    /// [`abort_job`](Self::abort_job), no earlier attempt to commit can come back once this returns `Ok`.
+    ///
+    /// # Errors
+    /// The inventory cannot be written, or the job is not running.
+    pub fn interrupt_job(&self, id: &JobId) -> Result<()> {
+        self.write("interrupt a job", |tx| {
+            step(tx, id, &[JobState::Running], JobState::Interrupted)?;
+            tx.execute(
+                "UPDATE jobs SET source_stamp = NULL WHERE seq = ?1",
+                [number(id)],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Notes what the source of an interrupted job looks like, so that it can be taken up again.
+    ///
+    /// # Errors
+    /// The inventory cannot be written, or the job is not interrupted.
+    pub fn stamp_job(&self, id: &JobId, stamp: &Stamp, status: &MigrationStatus) -> Result<()> {
+        let stamp = to_json("a job's source", stamp)?;
+        let status = to_json("a job's status", status)?;
+        self.write("record an interrupted job", |tx| {
+            step(tx, id, &[JobState::Interrupted], JobState::Interrupted)?;
+            tx.execute(
+                "UPDATE jobs SET source_stamp = ?2, status = ?3 WHERE seq = ?1",
+                params![number(id), stamp, status],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// A new monitor takes an interrupted job up again.
+    ///
+    /// # Errors
+    /// The inventory cannot be written, or the job is not interrupted.
+    pub fn take_up_job(&self, id: &JobId) -> Result<()> {
+        self.write("take a job up again", |tx| {
+            let mut job = step(tx, id, &[JobState::Interrupted], JobState::Running)?;
+            (job.status.phase, job.status.failure) = (Phase::Copying, None);
+            tx.execute(
+                "UPDATE jobs SET source_stamp = NULL, status = ?2 WHERE seq = ?1",
+                params![number(id), to_json("a job's status", &job.status)?],
             )?;
             Ok(())
         })
@@ -355,9 +421,18 @@ impl Inventory {
             let mut job = step(
                 tx,
                 id,
-                &[JobState::Preparing, JobState::Running, JobState::Aborted],
+                &[
+                    JobState::Preparing,
+                    JobState::Running,
+                    JobState::Interrupted,
+                    JobState::Aborted,
+                ],
                 JobState::Aborted,
             )?;
+            if job.status.phase == Phase::Interrupted {
+                // It is final only once its files are gone.
+                job.status.phase = Phase::Copying;
+            }
             if let Some(why) = why {
                 job.status.failure = Some(why.clone());
             }
@@ -447,6 +522,8 @@ struct Raw {
     status: String,
     source_format: String,
     destination_format: String,
+    kept_file: Option<String>,
+    source_stamp: Option<String>,
 }
 
 fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
@@ -466,6 +543,8 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
         status: row.get(12)?,
         source_format: row.get(13)?,
         destination_format: row.get(14)?,
+        kept_file: row.get(15)?,
+        source_stamp: row.get(16)?,
     })
 }
 
@@ -473,7 +552,7 @@ fn select(db: &Connection, rest: &str, values: impl rusqlite::Params) -> Attempt
     let mut statement = db.prepare(&format!(
         "SELECT seq, vm, disk, source, destination, datastore, limits, remove_source, state,
              source_file, destination_file, journal_file, status, source_format,
-             destination_format FROM jobs {rest}"
+             destination_format, kept_file, source_stamp FROM jobs {rest}"
     ))?;
     let rows = statement
         .query_map(values, raw)?
@@ -488,6 +567,8 @@ fn job(raw: Raw) -> Result<JobRecord> {
         text.map(|text| from_json(&record, &text)).transpose()
     };
     let made = file(raw.destination_file)?.zip(file(raw.journal_file)?);
+    let kept = file(raw.kept_file)?;
+    let stamp = raw.source_stamp.map(|text| from_json(&record, &text));
     Ok(JobRecord {
         vm: raw.vm,
         disk: raw.disk,
@@ -502,7 +583,9 @@ fn job(raw: Raw) -> Result<JobRecord> {
         files: made.map(|(destination, journal)| JobFiles {
             destination,
             journal,
+            kept,
         }),
+        stamp: stamp.transpose()?,
         status: from_json(&record, &raw.status)?,
         id,
     })

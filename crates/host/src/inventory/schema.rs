@@ -119,6 +119,12 @@ pub(super) const STEPS: &[&str] = &[
         spec TEXT NOT NULL
     ) STRICT;
 ",
+    // A job keeps its progress in a file. When it is interrupted, it is recorded what its source
+    // looked like then.
+    "
+    ALTER TABLE jobs ADD COLUMN kept_file TEXT;
+    ALTER TABLE jobs ADD COLUMN source_stamp TEXT;
+",
 ];
 
 pub(super) fn migrate(tx: &Transaction<'_>, path: &str) -> Attempt<()> {

@@ -71,6 +71,7 @@ fn files() -> JobFiles {
     JobFiles {
         destination: file(2),
         journal: file(3),
+        kept: Some(file(4)),
     }
 }
 

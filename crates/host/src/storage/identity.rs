@@ -75,6 +75,30 @@ impl FileIdentity {
     }
 }
 
+/// What tells that nobody has written to a file in between: its size and when it was last changed. Not
+/// enough against somebody who forges times, which only root and the owner can.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
+    /// Bytes.
+    pub size: u64,
+    /// When its content was last changed, in seconds since the epoch and nanoseconds.
+    pub changed: (i64, i64),
+}
+
+impl Stamp {
+    /// Of an open file.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn of(file: &File, path: &Path) -> Result<Self> {
+        let meta = file.metadata().os("fstat", path.display())?;
+        Ok(Self {
+            size: meta.len(),
+            changed: (meta.mtime(), meta.mtime_nsec()),
+        })
+    }
+}
+
 fn boot_id() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map(|id| id.trim().to_owned())

@@ -250,6 +250,7 @@ impl Driver {
                 file: FdIndex(0),
                 path,
             },
+            keep: None,
             journal: FdIndex(1),
             limits: MigrationLimits {
                 suspend: Suspend::Vm,

@@ -1,12 +1,13 @@
 //! What each request does.
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use strake_api::control::{
-    Body, ExitReason, Lent, PROTOCOL_VERSION, Reply, Request, RunState, VmStatus,
+    Body, ExitReason, KeepConfig, Lent, PROTOCOL_VERSION, Reply, Request, RunState, VmStatus,
 };
-use strake_block::Access;
+use strake_block::{Access, Keep};
 use strake_observe::{Observation, Result};
 
 use super::Server;
@@ -106,6 +107,7 @@ impl Server {
                 destination,
                 journal,
                 limits,
+                keep,
             } => {
                 let access = Access::ReadWrite;
                 let request = MigrationRequest {
@@ -114,6 +116,18 @@ impl Server {
                     destination: images::open(&destination, access, "the destination", &mut fds)?,
                     journal: fds.take(journal, "the journal")?,
                     limits,
+                    keep: match keep {
+                        None => Keep::Nothing,
+                        Some(KeepConfig::New(file)) => {
+                            Keep::In(File::from(fds.take(file, "the job's progress")?))
+                        }
+                        Some(KeepConfig::Again(_)) if self.run_state() != RunState::Built => {
+                            return Err(self.wrong_state("take a job up again"));
+                        }
+                        Some(KeepConfig::Again(file)) => {
+                            Keep::Again(File::from(fds.take(file, "the job's progress")?))
+                        }
+                    },
                 };
                 self.live("migrate a disk")?.migrate(request)?;
             }

@@ -141,6 +141,7 @@ fn its_disk_is_migrated_under_its_clients() {
         ),
         journal: tempfile::tempfile().unwrap().into(),
         limits: MigrationLimits::default(),
+        keep: strake_block::Keep::Nothing,
     };
     // As if a daemon listened.
     let (ours, _theirs) = rustix::net::socketpair(

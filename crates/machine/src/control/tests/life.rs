@@ -291,6 +291,7 @@ fn migrate(monitor: &Monitor, daemon: &mut Daemon, name: &str, suspend: Suspend)
                 file: FdIndex(0),
                 path: format!("{name}.raw"),
             },
+            keep: None,
             journal: FdIndex(1),
             limits: MigrationLimits {
                 suspend,
