@@ -5,6 +5,7 @@ mod kill;
 mod migrate;
 mod power;
 mod refuse;
+mod restart;
 mod snapshots;
 mod storage_faults;
 
@@ -19,6 +20,7 @@ pub fn all() -> Vec<Test> {
         power::TESTS,
         migrate::TESTS,
         snapshots::TESTS,
+        restart::TESTS,
         storage_faults::TESTS,
         kill::TESTS,
     ]
