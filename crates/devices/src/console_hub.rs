@@ -299,6 +299,14 @@ impl Component for ConsoleHub {
         })
     }
 
+    fn sketch(&self, _: &mut Records) -> Result<()> {
+        Ok(()) // It has nothing that takes long.
+    }
+
+    fn prepare(&self, _: &mut Records) -> Result<()> {
+        Ok(())
+    }
+
     fn save(&self, records: &mut Records) -> Result<()> {
         let name = &self.shared.name;
         let steps = (Phase::Quiesced, Phase::Quiesced);

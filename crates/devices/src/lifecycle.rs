@@ -80,6 +80,19 @@ pub trait Component: Send + Sync {
     /// It cannot start again what it needs.
     fn resume(&self) -> Result<()>;
 
+    /// Adds what a successor in another process can prepare for while this one still runs: whatever
+    /// takes long to restore and seldom changes. Nobody relies on it.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn sketch(&self, records: &mut Records) -> Result<()>;
+
+    /// Prepares for being restored from about what was sketched. It stays prepared.
+    ///
+    /// # Errors
+    /// It will not be possible to restore it.
+    fn prepare(&self, records: &mut Records) -> Result<()>;
+
     /// Adds its records, while it is quiesced. Changes nothing: it may be resumed afterwards.
     ///
     /// # Errors
@@ -194,6 +207,14 @@ macro_rules! registers_only {
                 use $crate::lifecycle::Phase::{Quiesced, Running};
                 self.phase
                     .step(&self.name, "resume", (Quiesced, Running), || Ok(()))
+            }
+
+            fn sketch(&self, _: &mut strake_state::Records) -> strake_observe::Result<()> {
+                Ok(()) // Registers are restored in no time.
+            }
+
+            fn prepare(&self, _: &mut strake_state::Records) -> strake_observe::Result<()> {
+                Ok(())
             }
 
             fn save(&self, records: &mut strake_state::Records) -> strake_observe::Result<()> {

@@ -33,6 +33,15 @@ const DATA: u64 = 0x30_0000;
 
 /// As a machine does it: through bytes, and nothing may be left over.
 fn carry(from: &[&dyn Component], to: &[&dyn Component]) -> strake_observe::Result<()> {
+    let mut sketch = Records::default();
+    for component in from {
+        component.sketch(&mut sketch)?;
+    }
+    for component in to {
+        component.prepare(&mut sketch)?;
+        assert_eq!(component.phase(), Phase::Prepared, "{}", component.name());
+    }
+    sketch.finish()?;
     let mut records = Records::default();
     for component in from {
         component.save(&mut records)?;

@@ -201,6 +201,14 @@ impl Component for NbdFrontEnd {
         self.phase.step(&self.name, "be saved", step, || Ok(()))
     }
 
+    fn sketch(&self, _: &mut Records) -> Result<()> {
+        Ok(()) // It has nothing that takes long.
+    }
+
+    fn prepare(&self, _: &mut Records) -> Result<()> {
+        Ok(())
+    }
+
     fn restore(&self, _: &mut Records) -> Result<()> {
         let step = (Phase::Prepared, Phase::Quiesced);
         self.phase.step(&self.name, "be restored", step, || Ok(()))

@@ -7,8 +7,9 @@
 //!     └─────call_off──────┘
 //! ```
 //!
-//! The successor was built while the guest ran: VM, memory slots, vCPUs and devices stand ready. What
-//! is left for the pause is to stop the vCPUs, to finish what is in flight, and to carry some
+//! The successor was built while the guest ran: VM, memory slots, vCPUs and devices stand ready. It
+//! also gets a *sketch* of the devices before anything is stopped, and sets up from it what takes long:
+//! doorbells, interrupt routes, queues on images. What is left for the pause is to stop the vCPUs, to finish what is in flight, and to carry some
 //! kilobytes of records from one process to the other. Guest memory is mapped by both and never
 //! copied; images and taps are the same open files.
 //!
@@ -55,6 +56,9 @@ use crate::observations::{JobsRun, NotHandedOver, NotTakenOver, RecordsLost};
 
 /// How long a successor waits for records: longer than all that its predecessor may wait for.
 const RECORDS_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long a predecessor waits until its successor is prepared; the guest runs meanwhile.
+const PREPARE_PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long a predecessor waits for a successor that does not read.
 const SEND_PATIENCE: Duration = Duration::from_secs(5);
@@ -135,12 +139,12 @@ impl Machine {
         if !jobs.is_empty() {
             return Err(Observation::from(JobsRun { jobs })).because_of(failed);
         }
+        let mut stream = UnixStream::from(stream);
+        self.send_sketch(&mut stream).because_of(failed)?;
         let stopped_ns = monotonic_ns();
         let given = self
             .save_all(&run, stopped_ns)
-            .and_then(|(records, streams)| {
-                send(UnixStream::from(stream), &records.encode(), &streams)
-            });
+            .and_then(|(records, streams)| send(&mut stream, &records.encode(), &streams));
         if let Err(seen) = given {
             self.go_on(&run);
             return Err(seen).because_of(failed);
@@ -192,7 +196,9 @@ impl Machine {
         if run.place != Place::Awaited || run.stopped {
             return Err(wrong_state("receive a guest", "not waiting for one")).because_of(failed);
         }
-        let (bytes, streams) = receive(UnixStream::from(stream)).because_of(failed)?;
+        let mut stream = UnixStream::from(stream);
+        self.receive_sketch(&mut stream).because_of(failed)?;
+        let (bytes, streams) = receive(&mut stream).because_of(failed)?;
         let records = Records::decode(&bytes).because_of(failed)?;
         let guest = self.guest("receive a guest").because_of(failed)?;
         guest.console.bring(streams);
@@ -240,6 +246,37 @@ impl Machine {
         drop(run);
         self.mailbox.post(Event::State(state));
         Ok(pause_us)
+    }
+
+    /// Sends a sketch and waits until the successor has prepared for it.
+    fn send_sketch(&self, stream: &mut UnixStream) -> Result<()> {
+        let mut sketch = Records::default();
+        for component in &self.components {
+            component.sketch(&mut sketch)?;
+        }
+        send(stream, &sketch.encode(), &[])?;
+        let preparing = || lost("waiting until the other monitor is prepared");
+        stream
+            .set_read_timeout(Some(PREPARE_PATIENCE))
+            .os("setsockopt", "the stream of records")
+            .because_of(preparing)?;
+        stream
+            .read_exact(&mut [0])
+            .os("read", "the stream of records")
+            .because_of(preparing)
+    }
+
+    fn receive_sketch(&self, stream: &mut UnixStream) -> Result<()> {
+        let (bytes, _) = receive(stream)?;
+        let mut sketch = Records::decode(&bytes)?;
+        for component in &self.components {
+            component.prepare(&mut sketch)?;
+        }
+        sketch.finish()?;
+        stream
+            .write_all(&[1])
+            .os("write", "the stream of records")
+            .because_of(|| lost("telling that all is prepared"))
     }
 
     fn save_all(&self, run: &Run, stopped_ns: u64) -> Result<(Records, Vec<OwnedFd>)> {
@@ -345,7 +382,7 @@ fn lost(doing: &str) -> RecordsLost {
 }
 
 /// Length, then the records; the descriptors come with the length.
-fn send(mut stream: UnixStream, records: &[u8], fds: &[OwnedFd]) -> Result<()> {
+fn send(stream: &mut UnixStream, records: &[u8], fds: &[OwnedFd]) -> Result<()> {
     let sending = || lost("sending them");
     stream
         .set_write_timeout(Some(SEND_PATIENCE))
@@ -361,8 +398,9 @@ fn send(mut stream: UnixStream, records: &[u8], fds: &[OwnedFd]) -> Result<()> {
         ancillary.push(SendAncillaryMessage::ScmRights(&fds));
     }
     let parts = [IoSlice::new(&length)];
-    let sent =
-        rustix::io::retry_on_intr(|| sendmsg(&stream, &parts, &mut ancillary, SendFlags::NOSIGNAL));
+    let sent = rustix::io::retry_on_intr(|| {
+        sendmsg(&*stream, &parts, &mut ancillary, SendFlags::NOSIGNAL)
+    });
     let sent = sent
         .os("sendmsg", "the stream of records")
         .because_of(sending)?;
@@ -375,7 +413,7 @@ fn send(mut stream: UnixStream, records: &[u8], fds: &[OwnedFd]) -> Result<()> {
         .because_of(sending)
 }
 
-fn receive(mut stream: UnixStream) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
+fn receive(stream: &mut UnixStream) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     let waiting = || lost("waiting for them");
     stream
         .set_read_timeout(Some(RECORDS_PATIENCE))
@@ -386,7 +424,12 @@ fn receive(mut stream: UnixStream) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let message = rustix::io::retry_on_intr(|| {
         let mut parts = [IoSliceMut::new(&mut length)];
-        recvmsg(&stream, &mut parts, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+        recvmsg(
+            &*stream,
+            &mut parts,
+            &mut ancillary,
+            RecvFlags::CMSG_CLOEXEC,
+        )
     });
     let message = message
         .os("recvmsg", "the stream of records")

@@ -5,6 +5,7 @@ mod kill;
 mod migrate;
 mod power;
 mod refuse;
+mod restart;
 mod storage_faults;
 
 use crate::runner::Test;
@@ -17,6 +18,7 @@ pub fn all() -> Vec<Test> {
         boot::TESTS,
         power::TESTS,
         migrate::TESTS,
+        restart::TESTS,
         storage_faults::TESTS,
         kill::TESTS,
     ]

@@ -298,6 +298,14 @@ impl Component for PciRoot {
         )
     }
 
+    fn sketch(&self, _: &mut Records) -> Result<()> {
+        Ok(()) // It has nothing that takes long.
+    }
+
+    fn prepare(&self, _: &mut Records) -> Result<()> {
+        Ok(())
+    }
+
     fn save(&self, records: &mut Records) -> Result<()> {
         let address = self.address.load(Ordering::Relaxed);
         records.put(&self.name, &SavedPciRoot { address })?;

@@ -103,6 +103,12 @@ pub trait VirtioDevice: Send + Sync + 'static {
     /// have ended.
     fn reset(&self);
 
+    /// Prepares for being restored with queues of these sizes in use: opens what takes long.
+    ///
+    /// # Errors
+    /// A backend cannot be set up.
+    fn prepare(&self, sizes: &[u16]) -> Result<()>;
+
     /// Adds its own record: what the guest sees of it beside the transport, and what it would miss.
     /// The workers stand still.
     ///

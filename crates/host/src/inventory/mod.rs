@@ -37,6 +37,9 @@ pub struct Inventory {
     connection: Mutex<Connection>,
 }
 
+/// Pages in the log at which SQLite writes them to the database itself: its own default.
+const CHECKPOINT_PAGES: u32 = 1000;
+
 /// What a transaction survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Durability {
@@ -162,7 +165,9 @@ impl Inventory {
             .unwrap_or_else(PoisonError::into_inner);
         let run = || -> Attempt<T> {
             if durability == Durability::Process {
-                connection.execute_batch("PRAGMA synchronous=NORMAL")?;
+                // Nor does it tidy up on the way, which waits for the disk too.
+                connection
+                    .execute_batch("PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0")?;
             }
             let tx = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
             let value = work(&tx)?;
@@ -173,7 +178,9 @@ impl Inventory {
         if durability == Durability::Process {
             // Whatever came of it. That the setting itself fails is as if the disk had: a later
             // transaction that is to be durable sets it again.
-            let _ = connection.execute_batch("PRAGMA synchronous=FULL");
+            let _ = connection.execute_batch(&format!(
+                "PRAGMA synchronous=FULL; PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}"
+            ));
         }
         done.map_err(|trouble| self.told(doing, trouble))
     }

@@ -103,7 +103,13 @@ impl Vcpu {
         let can = self.vm.abilities;
         let name = || format!("vCPU {}", self.index());
         let refused = |what: &str| self.refused("tell", what);
-        // First: the guest sees no time pass between this and its next entry.
+        // First: to tell it KVM may deliver what waits, which changes the rest.
+        let mp_state = can
+            .mp_state
+            .then(|| fd.get_mp_state().os("KVM_GET_MP_STATE", name()))
+            .transpose()
+            .because_of(|| refused("state among CPUs"))?;
+        // The guest sees no time pass between this and its next entry.
         let tsc_offset = tsc::offset(fd);
         let taken_at_ns = monotonic_ns();
         let mut msrs = self
@@ -130,11 +136,6 @@ impl Vcpu {
             .then(|| fd.get_debug_regs().os("KVM_GET_DEBUGREGS", name()))
             .transpose()
             .because_of(|| refused("debug registers"))?;
-        let mp_state = can
-            .mp_state
-            .then(|| fd.get_mp_state().os("KVM_GET_MP_STATE", name()))
-            .transpose()
-            .because_of(|| refused("state among CPUs"))?;
         let events = can
             .events
             .then(|| fd.get_vcpu_events().os("KVM_GET_VCPU_EVENTS", name()))

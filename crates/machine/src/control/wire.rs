@@ -27,6 +27,7 @@ pub struct Connection {
 }
 
 /// What [`Connection::receive`] found.
+#[allow(clippy::large_enum_variant, reason = "it is taken apart at once")]
 #[derive(Debug)]
 pub enum Received {
     /// A packet.

@@ -1,9 +1,9 @@
 //! What the guest sees of a disk.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use strake_block::{LiveDisk, SECTOR_BYTES};
+use strake_block::{DiskQueue, LiveDisk, SECTOR_BYTES};
 use strake_observe::{Because, Observation, Result};
 use strake_state::Records;
 use strake_state::observations::ShapeDiffers;
@@ -68,6 +68,8 @@ pub struct VirtioBlk {
     /// Whether the guest keeps the write cache on; a guest that turns it off gets each write
     /// flushed before it hears of it.
     writeback: Arc<AtomicBool>,
+    /// Queues on the disk that were opened before they are needed.
+    spare: Mutex<Vec<(u16, DiskQueue)>>,
     signal: OnceLock<ConfigSignal>,
 }
 
@@ -99,8 +101,31 @@ impl VirtioBlk {
             queues: config.queues,
             serial,
             writeback: Arc::new(AtomicBool::new(true)),
+            spare: Mutex::default(),
             signal: OnceLock::new(),
         })
+    }
+
+    /// A queue on the disk for a virtqueue of this size.
+    fn take_queue(&self, size: u16) -> Result<DiskQueue> {
+        let mut spare = self.spare();
+        match spare.iter().position(|(of, _)| *of == size) {
+            Some(at) => Ok(spare.swap_remove(at).1),
+            None => self.open_queue(size),
+        }
+    }
+
+    fn open_queue(&self, size: u16) -> Result<DiskQueue> {
+        self.disk
+            .queue(u32::from(size))
+            .because_of(|| DeviceUnusable {
+                device: self.name.clone(),
+                doing: "opening a queue of its disk".to_owned(),
+            })
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<(u16, DiskQueue)>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The configuration structure of the standard, section 5.2.4.
@@ -187,13 +212,7 @@ impl VirtioDevice for VirtioBlk {
         let flushes = activation.features & feature(VIRTIO_BLK_F_FLUSH) != 0;
         let mut works: Vec<Box<dyn Work>> = Vec::new();
         for active in activation.queues.into_iter().flatten() {
-            let queue = self
-                .disk
-                .queue(u32::from(active.queue.size()))
-                .because_of(|| DeviceUnusable {
-                    device: self.name.clone(),
-                    doing: "opening a queue of its disk".to_owned(),
-                })?;
+            let queue = self.take_queue(active.queue.size())?;
             works.push(Box::new(BlkWork::new(
                 format!("{}-{}", self.name, active.queue.index()),
                 active,
@@ -212,6 +231,14 @@ impl VirtioDevice for VirtioBlk {
 
     fn reset(&self) {
         self.writeback.store(true, Ordering::Release);
+    }
+
+    fn prepare(&self, sizes: &[u16]) -> Result<()> {
+        let mut spare = self.spare();
+        for size in sizes.iter().take(usize::from(self.queues)) {
+            spare.push((*size, self.open_queue(*size)?));
+        }
+        Ok(())
     }
 
     fn save(&self, records: &mut Records) -> Result<()> {

@@ -162,6 +162,10 @@ impl VirtioDevice for VirtioConsole {
         // It keeps nothing.
     }
 
+    fn prepare(&self, _: &[u16]) -> Result<()> {
+        Ok(()) // Its worker is all that it needs.
+    }
+
     fn save(&self, records: &mut Records) -> Result<()> {
         let input = Blob(self.input.lock().iter().copied().collect());
         records.put(&self.name, &SavedConsole { input })

@@ -226,6 +226,10 @@ impl VirtioDevice for VirtioNet {
         // Nobody receives now; the next driver says anew what it can take.
     }
 
+    fn prepare(&self, _: &[u16]) -> Result<()> {
+        Ok(()) // Its worker is all that it needs.
+    }
+
     fn save(&self, records: &mut Records) -> Result<()> {
         records.put(
             &self.name,

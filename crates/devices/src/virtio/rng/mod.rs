@@ -96,6 +96,10 @@ impl VirtioDevice for VirtioRng {
         // It keeps nothing.
     }
 
+    fn prepare(&self, _: &[u16]) -> Result<()> {
+        Ok(()) // Its worker is all that it needs.
+    }
+
     fn save(&self, records: &mut Records) -> Result<()> {
         records.put(&self.name, &SavedRng {})
     }

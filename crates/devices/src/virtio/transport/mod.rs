@@ -470,6 +470,20 @@ impl<D: VirtioDevice> Component for VirtioPci<D> {
         )
     }
 
+    /// Doorbells and interrupt routes: each makes the hypervisor wait for all of its readers.
+    fn sketch(&self, records: &mut Records) -> Result<()> {
+        records.put(self.device.name(), &self.to_saved())
+    }
+
+    fn prepare(&self, records: &mut Records) -> Result<()> {
+        self.phase.step(
+            self.device.name(),
+            "prepare",
+            (Phase::Prepared, Phase::Prepared),
+            || self.prepare_for(records.take(self.device.name())?),
+        )
+    }
+
     fn save(&self, records: &mut Records) -> Result<()> {
         self.phase.step(
             self.device.name(),

@@ -114,6 +114,26 @@ impl<D: VirtioDevice> VirtioPci<D> {
         }
     }
 
+    /// Does beforehand what of [`become_saved`](Self::become_saved) takes long.
+    pub(super) fn prepare_for(&self, mut sketch: SavedVirtioPci) -> Result<()> {
+        self.compare(&sketch)?;
+        {
+            let mut space = self.space();
+            space.config.restore(self.device.name(), &sketch.config)?;
+            self.follow_bar(&mut space);
+        }
+        // What waits to be sent is the other process's to send.
+        for vector in &mut sketch.vectors {
+            vector.pending = false;
+        }
+        self.msix
+            .restore(sketch.msix_enabled, sketch.msix_masked, &sketch.vectors)?;
+        let active = sketch.status & DRIVER_OK != 0;
+        let queues = sketch.queues.iter().filter(|queue| queue.enabled && active);
+        let sizes: Vec<u16> = queues.map(|queue| queue.size).collect();
+        self.device.prepare(&sizes)
+    }
+
     /// Takes everything over; its workers stand ready if the driver had it running.
     pub(super) fn become_saved(&self, saved: SavedVirtioPci) -> Result<()> {
         self.compare(&saved)?;
