@@ -59,7 +59,7 @@ pub fn run(plan: &Plan) -> Result<()> {
         .then(|| thread::spawn(|| row(vec![system()?])));
     let mut others = Vec::new();
     if plan.has(Kind::Unit) {
-        others.push(unit());
+        others.push(unit()?);
     }
     if plan.has(Kind::Fuzz) {
         others.extend(fuzz(plan.fuzz)?);
@@ -96,6 +96,7 @@ fn build(plan: &Plan) -> Result<()> {
         let mut tests = build::cargo();
         tests.args(["test", "--quiet", "--workspace", "--no-run"]);
         tool::run_visibly(&mut tests)?;
+        guest::small()?;
     }
     if plan.has(Kind::System) {
         build::host_programs()?;
@@ -108,12 +109,16 @@ fn build(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn unit() -> Part {
+fn unit() -> Result<Part> {
     let mut tests = build::cargo();
     tests.args(["test", "--workspace", "--no-fail-fast"]);
     // They were installed: a test that skips for want of one would hide something.
     tests.env("STRAKE_REQUIRE_PEERS", "1");
-    Part::new("unit", tests)
+    // For those in which another VMM runs a guest on one of our disks.
+    let guest = guest::small()?;
+    tests.env("STRAKE_GUEST_KERNEL", guest.kernel);
+    tests.env("STRAKE_GUEST_INITRD", guest.initrd);
+    Ok(Part::new("unit", tests))
 }
 
 fn fuzz(time: Duration) -> Result<Vec<Part>> {

@@ -47,6 +47,17 @@ enum Bench {
         /// The disk's size in MiB, instead of the usual one.
         #[arg(long)]
         size_mib: Option<u64>,
+        /// Only this part.
+        #[arg(long, value_enum, default_value = "all")]
+        part: storage::Part,
+    },
+    /// Serves an image over vhost-user-blk until standard input ends: our side of the data path.
+    #[command(hide = true)]
+    ServeDisk {
+        /// The image.
+        image: PathBuf,
+        /// The socket.
+        socket: PathBuf,
     },
 }
 
@@ -60,12 +71,14 @@ fn main() -> ExitCode {
             load,
             sides,
             size_mib,
+            part,
         } => {
             let mut settings = storage::Settings::new(if quick {
                 storage::Extent::Quick
             } else {
                 storage::Extent::Full
             });
+            settings.part = part;
             settings.dir = dir;
             settings.load = load;
             settings.sides = sides;
@@ -73,6 +86,7 @@ fn main() -> ExitCode {
             settings.size = size_mib.map_or(settings.size, |mib| mib.max(16) << 20);
             storage::run(&settings)
         }
+        Bench::ServeDisk { image, socket } => storage::serve_disk(&image, &socket),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

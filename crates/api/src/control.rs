@@ -161,6 +161,31 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         keep: Option<KeepConfig>,
     },
+    /// Takes a snapshot: puts a new, empty image over the disk's own, and asks for the commit as a
+    /// migration does ([`Event::JobAwaitsCommit`]); until then nothing is written to it. Answered by
+    /// [`Reply::Done`] once it is accepted.
+    SnapshotDisk {
+        /// Names it from now on.
+        job: JobId,
+        /// The disk's name.
+        disk: String,
+        /// The new image, writable; its header names the disk's image of now as its backing file.
+        overlay: LayerConfig,
+        /// Of these the pause counts, and what is suspended.
+        limits: MigrationLimits,
+    },
+    /// Moves what the uppermost layer of a disk has into the image below it, as a migration to that
+    /// one. Answered by [`Reply::Done`] once it is accepted.
+    ConsolidateDisk {
+        /// Names it from now on.
+        job: JobId,
+        /// The disk's name.
+        disk: String,
+        /// The image below the disk's uppermost layer, open for writing.
+        below: LayerConfig,
+        /// Limits.
+        limits: MigrationLimits,
+    },
     /// Answered by [`Reply::Job`].
     JobStatus {
         /// Which.

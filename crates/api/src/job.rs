@@ -14,6 +14,47 @@ impl std::fmt::Display for JobId {
     }
 }
 
+/// What a job does.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum JobKind {
+    /// Moves a disk to another image.
+    #[default]
+    Migrate,
+    /// Puts a new image over a disk's own, which becomes the snapshot.
+    Snapshot,
+    /// Puts a new image over a snapshot; the disk is what it was then.
+    Revert,
+    /// Moves what a disk's image has into the one below it.
+    Consolidate,
+}
+
+impl JobKind {
+    /// Its name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Migrate => "migrate",
+            Self::Snapshot => "snapshot",
+            Self::Revert => "revert",
+            Self::Consolidate => "consolidate",
+        }
+    }
+
+    /// What has that name.
+    #[must_use]
+    pub fn named(name: &str) -> Option<Self> {
+        [
+            Self::Migrate,
+            Self::Snapshot,
+            Self::Revert,
+            Self::Consolidate,
+        ]
+        .into_iter()
+        .find(|kind| kind.name() == name)
+    }
+}
+
 /// What is suspended while the last blocks of a migration are copied.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -13,6 +13,11 @@
 //! | `GET /v1/vms/{name}/log?tail=BYTES` | the serial console's output so far, as bytes |
 //! | `POST /v1/vms/{name}/console` with `Upgrade: strake-console` | 101, then the console both ways |
 //! | `POST /v1/vms/{name}/disks/{disk}/migrate` with [`MigrateDisk`] | [`Job`] |
+//! | `GET /v1/vms/{name}/disks/{disk}/snapshots` | [`DiskTree`] |
+//! | `POST /v1/vms/{name}/disks/{disk}/snapshots` with [`TakeSnapshot`] | [`Job`] |
+//! | `DELETE /v1/vms/{name}/disks/{disk}/snapshots/{snapshot}` | [`DiskTree`] |
+//! | `POST /v1/vms/{name}/disks/{disk}/snapshots/{snapshot}/revert` | [`Job`] |
+//! | `POST /v1/vms/{name}/disks/{disk}/consolidate` with [`Consolidate`] | [`Job`], or null if there was nothing to do |
 //! | `GET /v1/jobs` | list of [`Job`] |
 //! | `GET /v1/jobs/{id}` | [`Job`] |
 //! | `POST /v1/jobs/{id}/cancel` | [`Job`] |
@@ -37,7 +42,7 @@ use strake_observe::Observation;
 use crate::control::{DiskCounters, ExitReason};
 use crate::export::{ExportSpec, NbdListen};
 use crate::image::ImageFormat;
-use crate::job::{MigrationLimits, MigrationStatus};
+use crate::job::{JobKind, MigrationLimits, MigrationStatus};
 use crate::spec::VmSpec;
 use crate::steer::PlannedChange;
 
@@ -184,10 +189,85 @@ pub struct Disk {
     pub size_bytes: u64,
     /// What the image and everything below it take on their stores, in bytes, if it can be told.
     pub allocated_bytes: Option<u64>,
+    /// Its snapshots, the oldest first.
+    #[serde(default)]
+    pub snapshots: Vec<Snapshot>,
     /// Its PCI slot.
     pub slot: u8,
     /// What the guest did with it since the VM started.
     pub counters: Option<DiskCounters>,
+}
+
+/// A snapshot of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Its name.
+    pub name: String,
+    /// The image that holds what the disk was then, with everything below it.
+    pub image: String,
+    /// That image's format.
+    pub format: ImageFormat,
+    /// When it was taken, in milliseconds since the epoch.
+    pub taken_ms: u64,
+    /// The snapshot from which the disk had come to be what it was then.
+    pub parent: Option<String>,
+    /// Whether the disk of now has come from it.
+    pub current: bool,
+}
+
+/// Asks for a snapshot.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TakeSnapshot {
+    /// Its name; `snapshot-N` if absent.
+    pub name: Option<String>,
+    /// The datastore of the new image that is written from then on; the directory of the disk's
+    /// image of now if absent.
+    pub to: Option<String>,
+    /// Limits; of these the pause counts, and what is suspended.
+    pub limits: MigrationLimits,
+}
+
+/// Asks for a consolidation.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Consolidate {
+    /// Whether the snapshots from which the disk of now has come are deleted before.
+    pub all: bool,
+    /// Limits.
+    pub limits: MigrationLimits,
+}
+
+/// A disk with its images and snapshots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskTree {
+    /// The VM.
+    pub vm: String,
+    /// The disk's name in the spec.
+    pub disk: String,
+    /// Its images, each after the one it is based on. The last one is what the disk is now.
+    pub layers: Vec<DiskLayer>,
+}
+
+/// An image of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskLayer {
+    /// Where it is.
+    pub image: String,
+    /// Its format.
+    pub format: ImageFormat,
+    /// Its datastore, if it is in one.
+    pub datastore: Option<String>,
+    /// What it takes on its store without what is below it, in bytes, if it can be told.
+    pub allocated_bytes: Option<u64>,
+    /// The place in the list of the image that it is based on, as far as the disk's own go.
+    pub parent: Option<usize>,
+    /// The snapshot that it is; none for the disk of now, and for what only other images need.
+    pub snapshot: Option<String>,
+    /// When it became a snapshot, in milliseconds since the epoch.
+    pub taken_ms: Option<u64>,
+    /// Whether the disk of now needs it.
+    pub current: bool,
 }
 
 /// A network interface of a VM.
@@ -225,6 +305,12 @@ pub struct MigrateDisk {
 pub struct Job {
     /// The VM.
     pub vm: String,
+    /// What it does.
+    #[serde(default)]
+    pub kind: JobKind,
+    /// The snapshot that it takes or goes back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// The image that it copies from.
     pub source: String,
     /// Its format.
@@ -233,7 +319,7 @@ pub struct Job {
     pub destination: String,
     /// Its format.
     pub format: ImageFormat,
-    /// The destination's datastore.
+    /// The destination's datastore; empty if it is in none.
     pub to: String,
     /// Its limits as they are now.
     #[serde(default)]

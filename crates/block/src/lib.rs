@@ -23,6 +23,7 @@ mod event;
 mod fault;
 mod image;
 mod live;
+pub mod lock;
 mod migration;
 mod observations;
 mod raw;
@@ -36,7 +37,9 @@ pub use event::Event;
 pub use fault::{Fault, FaultImage, FaultOn};
 pub use image::{Access, Completion, Image, ImageQueue, SECTOR_BYTES};
 pub use live::{DiskQueue, LiveDisk, Observer};
-pub use migration::{Delta, Has, Keep, Migration, Overlay, SwitchHooks, journal};
+pub use migration::{
+    Covered, Delta, Has, Keep, MakeCover, Migration, Overlay, SwitchHooks, journal,
+};
 pub use observations::*;
 pub use raw::RawImage;
 pub use request::{Buffer, Operation, Request};

@@ -228,6 +228,18 @@ strake_observe::catalog! {
     text "the inventory did not bind the disk of job {job} to its destination";
     remedy "look at the daemon's observations for the reason";
 
+    /// A snapshot was not taken.
+    CoverFailed("block.snapshot-failed") {
+        /// The job.
+        job: String,
+        /// The disk's name.
+        disk: String,
+        /// The path that it stays on.
+        source: String,
+    }
+    text "job {job}: no snapshot of disk '{disk}' was taken; it stays on {source}, nothing of it is lost";
+    remedy "do what the cause below asks for, then take the snapshot again";
+
     /// A job was cancelled when its outcome was no longer the monitor's to decide.
     CancelTooLate("block.cancel-too-late") {
         /// The job.

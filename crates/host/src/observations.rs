@@ -368,6 +368,68 @@ strake_observe::catalog! {
     text "the VM's devices and the layers of its disks' images are more than the {most} files that a monitor can be given";
     remedy "consolidate its snapshots, or migrate disks that have many layers: that makes one layer of them";
 
+    /// A disk has no such snapshot.
+    NoSuchSnapshot("host.no-such-snapshot") {
+        /// The disk.
+        disk: String,
+        /// The name.
+        snapshot: String,
+        /// Those that it has.
+        has: String,
+    }
+    text "disk '{disk}' has no snapshot '{snapshot}' (it has: {has})";
+    remedy "see them with `strake disk tree`";
+
+    /// A disk has a snapshot of that name.
+    SnapshotExists("host.snapshot-exists") {
+        /// The disk.
+        disk: String,
+        /// The name.
+        snapshot: String,
+    }
+    text "disk '{disk}' has a snapshot '{snapshot}' already";
+    remedy "choose another name, or delete that one with `strake disk delete-snapshot`";
+
+    /// Work on a disk's snapshots was refused.
+    SnapshotRefused("host.snapshot-refused") {
+        /// What was asked for.
+        doing: String,
+        /// The VM.
+        vm: String,
+        /// The disk.
+        disk: String,
+    }
+    text "cannot {doing} disk '{disk}' of VM '{vm}'";
+    remedy "mend the cause, then try again; the disk is as it was";
+
+    /// A disk cannot have a snapshot.
+    NoSnapshots("host.no-snapshots") {
+        /// The disk.
+        disk: String,
+        /// Why.
+        reason: String,
+        /// What to do.
+        advice: String,
+    }
+    text "disk '{disk}' cannot have another snapshot: {reason}";
+    remedy "{advice}";
+
+    /// A job on a disk's layers ended with the disk as it was.
+    LayerJobFailed("host.layer-job-failed") {
+        /// The job.
+        job: String,
+        /// What it was to do.
+        kind: String,
+        /// The VM.
+        vm: String,
+        /// The disk.
+        disk: String,
+        /// Where it stays.
+        source: String,
+    }
+    text "job {job} ({kind}) failed: disk '{disk}' of VM '{vm}' stays on {source}";
+    remedy "mend the cause, then try again";
+
     /// An image is locked.
     ImageInUse("host.image-in-use") {
         /// Its path.

@@ -3,15 +3,20 @@
 //! The only place that knows every kind of image. The daemon has opened, checked and locked the
 //! files; here it is only looked whether they fit what was said of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use strake_api::image::{ImageConfig, ImageFormat, LayerAccess, LayerConfig};
-use strake_block::{Access, Image, RawImage};
-use strake_observe::Result;
-use strake_qcow2::{ChainPart, FileStore, Format, open_chain};
+use strake_block::lock::{self, Share};
+use strake_block::{Access, Covered, Image, MakeCover, RawImage};
+use strake_observe::{OsContext, Result};
+use strake_qcow2::{Below, ChainPart, Consolidation, FileStore, Format, Qcow2Image, open_chain};
 
 use crate::Descriptors;
-use crate::observations::ImageMismatch;
+use crate::observations::{ImageMismatch, ImageShared};
+
+/// How long it is tried to have a file alone that was shared.
+const CLAIM_LIMIT: Duration = Duration::from_secs(2);
 
 /// The image that `config` describes, for `purpose`.
 ///
@@ -49,6 +54,118 @@ pub(crate) fn open(
             Ok(open_chain(parts)?)
         }
     }
+}
+
+/// How a snapshot covers an image with `overlay`, and what is done once it has: what is below may be
+/// read by others then, for which the daemon takes no lock of its own.
+///
+/// # Errors
+/// A descriptor is missing or is not what was said of it.
+pub(crate) fn cover(overlay: &LayerConfig, fds: &mut Descriptors) -> Result<(MakeCover, Covered)> {
+    let part = part(overlay, "a snapshot", fds)?;
+    let below: Arc<OnceLock<Arc<Qcow2Image>>> = Arc::default();
+    let made = Arc::clone(&below);
+    let make = move |image: &Arc<dyn Image>| -> Result<Arc<dyn Image>> {
+        let any = image.as_any();
+        let qcow2 = any.and_then(|any| any.downcast_ref::<Qcow2Image>());
+        let raw = any.and_then(|any| any.downcast_ref::<RawImage>());
+        let covered = match (qcow2, raw) {
+            (Some(qcow2), _) => qcow2.under(part)?,
+            (None, Some(raw)) => {
+                let fd = raw.descriptor()?;
+                let store = FileStore::from_fd(fd, raw.path(), Access::ReadOnly)?;
+                let base = ChainPart {
+                    store: Arc::new(store),
+                    format: Format::Raw,
+                    access: Access::ReadOnly,
+                };
+                open_chain(vec![part, base])?
+            }
+            (None, None) => {
+                return Err(ImageMismatch {
+                    path: image.path().to_owned(),
+                    purpose: "a snapshot".to_owned(),
+                    reason: "it is neither a file nor a block device".to_owned(),
+                }
+                .into());
+            }
+        };
+        let _ = made.set(Arc::clone(&covered));
+        Ok(covered)
+    };
+    let covered = move || {
+        let Some(image) = below.get() else { return };
+        // What remains is a lock that is stricter than it needs to be.
+        if let Err(seen) = image.share_layer(1, Share::WithReaders) {
+            strake_observe::recorder().record(seen, strake_observe::State::Open);
+        }
+    };
+    Ok((Box::new(make), Box::new(covered)))
+}
+
+/// The consolidation of the uppermost layer of `image` into what is below it, which `below` has open
+/// for writing.
+///
+/// # Errors
+/// It has none below it, or that is not what was said.
+pub(crate) fn consolidation(
+    image: &dyn Image,
+    below: &LayerConfig,
+    fds: &mut Descriptors,
+) -> Result<Consolidation> {
+    let purpose = "a consolidation";
+    let any = image.as_any();
+    let Some(qcow2) = any.and_then(|any| any.downcast_ref::<Qcow2Image>()) else {
+        return Err(ImageMismatch {
+            path: image.path().to_owned(),
+            purpose: purpose.to_owned(),
+            reason: "it has no image below it".to_owned(),
+        }
+        .into());
+    };
+    let below = match below.format {
+        ImageFormat::Raw => {
+            let fd = fds.take(below.file, purpose)?;
+            let raw = RawImage::from_fd(fd, below.path.clone(), Access::ReadWrite)?;
+            Below::Raw(Arc::new(raw))
+        }
+        ImageFormat::Qcow2 => Below::Qcow2(part(below, purpose, fds)?.store),
+    };
+    Consolidation::new(qcow2, below)
+}
+
+/// Tries to have the file of a disk's image for this machine alone, as at its start. Somebody who
+/// reads it may be in the way; that is told.
+pub(crate) fn claim(image: &dyn Image) {
+    let any = image.as_any();
+    let qcow2 = any.and_then(|any| any.downcast_ref::<Qcow2Image>());
+    let raw = any.and_then(|any| any.downcast_ref::<RawImage>());
+    let attempt = || match (qcow2, raw) {
+        (Some(qcow2), _) => qcow2.share_layer(0, Share::Alone),
+        (None, Some(raw)) => {
+            let fd = raw.descriptor()?;
+            lock::take(fd, Share::Alone).os("fcntl(F_OFD_SETLK)", image.path())
+        }
+        (None, None) => Ok(true),
+    };
+    let end = Instant::now() + CLAIM_LIMIT;
+    let seen = loop {
+        match attempt() {
+            Ok(true) => return,
+            Ok(false) if Instant::now() < end => {
+                // Queues that were idle still have the old image, which has this file below it.
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Ok(false) => {
+                break ImageShared {
+                    path: image.path().to_owned(),
+                }
+                .into();
+            }
+            Err(seen) => break seen,
+        }
+    };
+    strake_observe::recorder().record(seen, strake_observe::State::Open);
 }
 
 /// One layer with its file.

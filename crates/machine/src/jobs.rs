@@ -11,13 +11,14 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use strake_api::control::Event;
-use strake_api::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus};
-use strake_block::{Image, Keep, LiveDisk, Migration, SwitchHooks};
+use strake_api::control::{Event, LayerConfig};
+use strake_api::job::{JobId, LimitsChange, MigrationLimits, MigrationStatus, Phase};
+use strake_block::{Covered, Image, Keep, LiveDisk, MakeCover, Migration, SwitchHooks};
 use strake_observe::Result;
 
-use crate::Mailbox;
+use crate::images;
 use crate::observations::{JobExists, NoSuchDisk, NoSuchJob, WrongState};
+use crate::{Descriptors, Mailbox};
 
 /// How many ended jobs a status tells of. A daemon that comes back and misses one asks for it by
 /// name.
@@ -42,6 +43,36 @@ pub struct MigrationRequest {
     pub limits: MigrationLimits,
     /// Whether it can be taken up again.
     pub keep: Keep,
+}
+
+/// What a snapshot needs.
+#[allow(missing_debug_implementations)] // closures
+pub struct SnapshotRequest {
+    /// Its name.
+    pub job: JobId,
+    /// The disk.
+    pub disk: String,
+    /// Makes the image that covers the disk's own.
+    pub make: MakeCover,
+    /// Called once it does.
+    pub covered: Covered,
+    /// Limits.
+    pub limits: MigrationLimits,
+}
+
+/// What a consolidation needs.
+#[derive(Debug)]
+pub struct ConsolidateRequest {
+    /// Its name.
+    pub job: JobId,
+    /// The disk.
+    pub disk: String,
+    /// The image below the disk's uppermost layer.
+    pub below: LayerConfig,
+    /// The descriptors that came with it.
+    pub fds: Descriptors,
+    /// Limits.
+    pub limits: MigrationLimits,
 }
 
 /// Keeps the guest from running for a moment.
@@ -97,6 +128,39 @@ impl SwitchHooks for Hooks {
     }
 }
 
+/// The hooks of a job after which the disk's image is no longer shared.
+struct Claims {
+    inner: Arc<dyn SwitchHooks>,
+    disk: Weak<LiveDisk>,
+}
+
+impl SwitchHooks for Claims {
+    fn suspend_vm(&self, limit: Duration) -> Result<()> {
+        self.inner.suspend_vm(limit)
+    }
+
+    fn resume_vm(&self) {
+        self.inner.resume_vm();
+    }
+
+    fn can_ask(&self) -> bool {
+        self.inner.can_ask()
+    }
+
+    fn await_commit(&self, job: &JobId) {
+        self.inner.await_commit(job);
+    }
+
+    fn ended(&self, status: &MigrationStatus) {
+        if status.phase == Phase::Completed
+            && let Some(disk) = self.disk.upgrade()
+        {
+            images::claim(&*disk.image());
+        }
+        self.inner.ended(status);
+    }
+}
+
 impl Jobs {
     pub(crate) fn start(
         &self,
@@ -105,32 +169,79 @@ impl Jobs {
         machine: &Arc<dyn Hold>,
         mailbox: &Arc<Mailbox>,
     ) -> Result<()> {
+        let (id, name) = (request.job.clone(), request.disk.clone());
+        self.begin(&id, &name, disks, machine, mailbox, |disk, hooks| {
+            let journal = File::from(request.journal);
+            let to = request.destination;
+            let (keep, job, limits) = (request.keep, request.job, request.limits);
+            Migration::start_kept(disk, to, journal, keep, job, limits, hooks)
+        })
+    }
+
+    pub(crate) fn snapshot(
+        &self,
+        request: SnapshotRequest,
+        disks: &[Arc<LiveDisk>],
+        machine: &Arc<dyn Hold>,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<()> {
+        let (id, name) = (request.job.clone(), request.disk.clone());
+        self.begin(&id, &name, disks, machine, mailbox, |disk, hooks| {
+            let (make, covered) = (request.make, request.covered);
+            Migration::cover(disk, make, covered, request.job, request.limits, hooks)
+        })
+    }
+
+    pub(crate) fn consolidate(
+        &self,
+        request: ConsolidateRequest,
+        disks: &[Arc<LiveDisk>],
+        machine: &Arc<dyn Hold>,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<()> {
+        let (id, name) = (request.job.clone(), request.disk.clone());
+        let mut fds = request.fds;
+        self.begin(&id, &name, disks, machine, mailbox, |disk, hooks| {
+            let image = disk.image();
+            let overlay = images::consolidation(&*image, &request.below, &mut fds)?;
+            drop(image);
+            let hooks = Arc::new(Claims {
+                inner: hooks,
+                disk: Arc::downgrade(&disk),
+            });
+            let base = overlay.base();
+            let (job, limits) = (request.job, request.limits);
+            Migration::consolidate(disk, base, Arc::new(overlay), job, limits, hooks)
+        })
+    }
+
+    fn begin(
+        &self,
+        job: &JobId,
+        disk: &str,
+        disks: &[Arc<LiveDisk>],
+        machine: &Arc<dyn Hold>,
+        mailbox: &Arc<Mailbox>,
+        start: impl FnOnce(Arc<LiveDisk>, Arc<dyn SwitchHooks>) -> Result<Arc<Migration>>,
+    ) -> Result<()> {
         let mut jobs = self.lock();
-        if jobs.iter().any(|(job, _)| *job == request.job) {
+        if jobs.iter().any(|(other, _)| other == job) {
             return Err(JobExists {
-                job: request.job.to_string(),
+                job: job.to_string(),
             }
             .into());
         }
         let disk = disks
             .iter()
-            .find(|disk| disk.name() == request.disk)
+            .find(|of| of.name() == disk)
             .ok_or_else(|| NoSuchDisk {
-                disk: request.disk.clone(),
+                disk: disk.to_owned(),
             })?;
-        let migration = Migration::start_kept(
-            Arc::clone(disk),
-            request.destination,
-            File::from(request.journal),
-            request.keep,
-            request.job.clone(),
-            request.limits,
-            Arc::new(Hooks {
-                machine: Arc::downgrade(machine),
-                mailbox: Arc::clone(mailbox),
-            }),
-        )?;
-        jobs.push((request.job, migration));
+        let hooks = Arc::new(Hooks {
+            machine: Arc::downgrade(machine),
+            mailbox: Arc::clone(mailbox),
+        });
+        jobs.push((job.clone(), start(Arc::clone(disk), hooks)?));
         Ok(())
     }
 
@@ -231,7 +342,7 @@ fn told(mut all: Vec<MigrationStatus>) -> Vec<MigrationStatus> {
 #[cfg(test)]
 mod tests {
     use strake_api::control::{Body, MAX_PACKET, Packet, Reply, RunState, VmStatus};
-    use strake_api::job::{PassReport, Phase, Progress};
+    use strake_api::job::{PassReport, Progress};
 
     use super::*;
 

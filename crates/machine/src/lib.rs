@@ -38,7 +38,7 @@ mod threads;
 mod vcpus;
 
 pub use descriptors::Descriptors;
-pub use jobs::MigrationRequest;
+pub use jobs::{ConsolidateRequest, MigrationRequest, SnapshotRequest};
 pub use machine::Machine;
 pub use mailbox::{MAILBOX_CAPACITY, Mailbox};
 pub use threads::{Confinement, ThreadKind, set_confinement};

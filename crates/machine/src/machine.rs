@@ -27,7 +27,7 @@ use strake_memory::GuestRam;
 use strake_observe::{Observation, Result};
 
 use crate::Mailbox;
-use crate::jobs::{Hold, Jobs, MigrationRequest};
+use crate::jobs::{ConsolidateRequest, Hold, Jobs, MigrationRequest, SnapshotRequest};
 use crate::observations::{NoSuchDisk, StopIncomplete, WrongState};
 use crate::vcpus::Vcpus;
 
@@ -276,6 +276,26 @@ impl Machine {
         }
         let hold: Arc<dyn Hold> = Arc::clone(self) as Arc<dyn Hold>;
         self.jobs.start(request, &self.disks, &hold, &self.mailbox)
+    }
+
+    /// Starts a snapshot of a disk.
+    ///
+    /// # Errors
+    /// It is refused; nothing was changed.
+    pub fn snapshot(self: &Arc<Self>, request: SnapshotRequest) -> Result<()> {
+        let hold: Arc<dyn Hold> = Arc::clone(self) as Arc<dyn Hold>;
+        self.jobs
+            .snapshot(request, &self.disks, &hold, &self.mailbox)
+    }
+
+    /// Starts to move what the uppermost layer of a disk has into the image below.
+    ///
+    /// # Errors
+    /// It is refused; the disk is as it was.
+    pub fn consolidate(self: &Arc<Self>, request: ConsolidateRequest) -> Result<()> {
+        let hold: Arc<dyn Hold> = Arc::clone(self) as Arc<dyn Hold>;
+        self.jobs
+            .consolidate(request, &self.disks, &hold, &self.mailbox)
     }
 
     /// How a job is.

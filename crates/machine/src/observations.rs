@@ -48,6 +48,14 @@ strake_observe::catalog! {
     text "image {path} does not fit {purpose}: {reason}";
     remedy "this is a fault of the daemon: report it with both versions";
 
+    /// A disk's image is read by somebody else as well.
+    ImageShared("machine.image-shared") {
+        /// Its path.
+        path: String,
+    }
+    text "image {path} is written by the guest now, and another process still has it locked for reading";
+    remedy "end what reads {path}: what it reads is not of one instant; the VM has the image for itself after its next start";
+
     /// A packet that is none of the protocol.
     BadPacket("machine.bad-packet") {
         /// What is wrong.

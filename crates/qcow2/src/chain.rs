@@ -247,6 +247,7 @@ pub fn open_chain(parts: Vec<ChainPart>) -> Result<Arc<Qcow2Image>> {
     let mut layers = Vec::new();
     for (number, part) in parts.into_iter().enumerate() {
         let last = number + 1 == count;
+        part.store.get_ready();
         match part.format {
             Format::Raw if number == 0 => {
                 return Err(changed(0, "its first layer is raw").into());

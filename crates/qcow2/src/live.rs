@@ -6,6 +6,7 @@
 use std::sync::{Arc, PoisonError};
 
 use strake_block::Access;
+use strake_block::lock::Share;
 use strake_observe::Result;
 
 use crate::consolidate::Replaced;
@@ -33,6 +34,7 @@ impl Qcow2Image {
         if part.format != Format::Qcow2 {
             return Err(wrong("it is not qcow2").into());
         }
+        part.store.get_ready();
         let qcow = Qcow::open(part.store, part.access)?;
         if qcow.lock().header.backing.is_some() != has_below {
             return Err(wrong("its header does not fit where it is to be").into());
@@ -54,6 +56,17 @@ impl Qcow2Image {
             return Err(self.bad("it has as many layers as a disk may have").into());
         }
         Ok(Self::new(layers))
+    }
+
+    /// Changes the lock on the file of the layer with that number, see [`Store::share`](crate::Store::share).
+    ///
+    /// # Errors
+    /// When there is no such layer, or its file system has no locks.
+    pub fn share_layer(&self, layer: usize, share: Share) -> Result<bool> {
+        match self.shared.layers().get(layer) {
+            Some(layer) => layer.store().share(share),
+            None => Err(self.bad("it has no such layer").into()),
+        }
     }
 
     /// The disk that the layers from that number on make: what a commit goes into.

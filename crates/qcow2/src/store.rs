@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
+use strake_block::lock::{self, Share};
 use strake_block::{Access, Event, Image, ImageQueue, RawImage};
 use strake_observe::{OsContext, Result};
 
@@ -86,6 +87,20 @@ pub trait Store: Send + Sync + Debug {
     /// # Errors
     /// When the file system fails.
     fn is_removed(&self) -> Result<bool>;
+
+    /// Does what opening its first queue needs, as far as it can: queues of lower layers are opened
+    /// by a virtqueue's thread when it first reads there, and that one may do little else.
+    fn get_ready(&self) {}
+
+    /// Changes the lock on it: others may read it too from now on, or nobody else may use it. False
+    /// if somebody else's lock is in the way.
+    ///
+    /// # Errors
+    /// When the file system has no locks.
+    fn share(&self, share: Share) -> Result<bool> {
+        let _ = share;
+        Ok(true)
+    }
 }
 
 /// A regular file or a block device.
@@ -291,5 +306,14 @@ impl Store for FileStore {
         }
         let stat = rustix::fs::fstat(self.fd.as_fd()).os("fstat", &self.path)?;
         Ok(stat.st_nlink == 0)
+    }
+
+    fn get_ready(&self) {
+        // What fails here fails when a queue is opened, which tells it.
+        let _ = self.raw();
+    }
+
+    fn share(&self, share: Share) -> Result<bool> {
+        lock::take(&self.fd, share).os("fcntl(F_OFD_SETLK)", &self.path)
     }
 }

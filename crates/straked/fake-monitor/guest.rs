@@ -16,7 +16,7 @@ use strake_block::Image;
 use strake_observe::{Ring, State, recorder};
 
 use crate::images::{self, Fds};
-use crate::jobs::{Job, Order};
+use crate::jobs::{Job, Order, To};
 use crate::{read_some, say, staged};
 
 pub(crate) struct Disk {
@@ -213,8 +213,10 @@ impl Machine {
                     job,
                     disk,
                     keep,
-                    destination,
-                    journal,
+                    to: To::Copy {
+                        destination,
+                        journal,
+                    },
                 };
                 let reply = self.migrate(order, fds, &mut events);
                 if late {
@@ -222,6 +224,30 @@ impl Machine {
                     return (None, events);
                 }
                 reply
+            }
+            Request::SnapshotDisk {
+                job, disk, overlay, ..
+            } => {
+                let to = To::Cover(overlay);
+                let order = Order {
+                    job,
+                    disk,
+                    keep: None,
+                    to,
+                };
+                self.migrate(order, fds, &mut events)
+            }
+            Request::ConsolidateDisk {
+                job, disk, below, ..
+            } => {
+                let to = To::Below(below);
+                let order = Order {
+                    job,
+                    disk,
+                    keep: None,
+                    to,
+                };
+                self.migrate(order, fds, &mut events)
             }
             Request::JobStatus { job } => match self.job(&job) {
                 Some(job) => Reply::Job(job.status.clone()),

@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::process::abort;
 use std::sync::Arc;
 
-use strake_api::control::{Event, FdIndex, ImageConfig, KeepConfig, Reply};
+use strake_api::control::{Event, FdIndex, ImageConfig, KeepConfig, LayerConfig, Reply};
 use strake_api::job::{Ceiling, JobId, LimitsChange, MigrationStatus, PassReport, Phase, Progress};
 use strake_block::Image;
 use strake_observe::{OsContext, Result};
@@ -20,13 +20,24 @@ pub(crate) struct Order {
     pub(crate) job: JobId,
     pub(crate) disk: String,
     pub(crate) keep: Option<KeepConfig>,
-    pub(crate) destination: ImageConfig,
-    pub(crate) journal: FdIndex,
+    pub(crate) to: To,
+}
+
+/// What a job puts in the place of a disk's image.
+pub(crate) enum To {
+    Copy {
+        destination: ImageConfig,
+        journal: FdIndex,
+    },
+    Cover(LayerConfig),
+    Below(LayerConfig),
 }
 
 pub(crate) struct Job {
     pub(crate) status: MigrationStatus,
     destination: Option<Arc<dyn Image>>,
+    /// Whether the destination has the source below it.
+    covers: bool,
     _journal: Option<OwnedFd>,
     _kept: Option<File>,
 }
@@ -52,9 +63,21 @@ impl Machine {
             return Reply::Failed(staged("job=refuse"));
         }
         let mut fds = Fds::new(fds);
-        let destination = match images::open(&order.destination, false, &mut fds) {
+        let disk = self.disks.iter().find(|of| of.name == order.disk);
+        let opened = match (&order.to, disk) {
+            (To::Copy { destination, .. }, _) => images::open(destination, false, &mut fds),
+            (To::Cover(overlay), Some(disk)) => images::cover(&disk.image, overlay, &mut fds),
+            (To::Below(below), Some(disk)) => images::below(&disk.image, below, &mut fds),
+            (To::Cover(_) | To::Below(_), None) => Err(staged("no such disk")),
+        };
+        let destination = match opened {
             Ok(image) => image,
             Err(seen) => return Reply::Failed(seen),
+        };
+        let covers = matches!(order.to, To::Cover(_));
+        let journal = match order.to {
+            To::Copy { journal, .. } => fds.take(journal),
+            To::Cover(_) | To::Below(_) => None,
         };
         // What is kept is that something was.
         let kept = match order.keep {
@@ -83,7 +106,8 @@ impl Machine {
                 ..MigrationStatus::new(order.job, order.disk, size)
             },
             destination: Some(destination),
-            _journal: fds.take(order.journal),
+            covers,
+            _journal: journal,
             _kept: kept,
         };
         self.jobs.push(job);
@@ -152,6 +176,10 @@ impl Machine {
         let (Some(disk), Some(to)) = (disk, &job.destination) else {
             return Err(staged("no such disk"));
         };
+        if job.covers {
+            disk.image.flush()?;
+            return Ok(0);
+        }
         let mut bytes = vec![0; usize::try_from(job.status.size_bytes).unwrap_or(0)];
         disk.image.read_at(0, &mut bytes)?;
         images::write(&**to, 0, &bytes)?;
@@ -216,6 +244,9 @@ impl Machine {
         }
         let name = job.status.disk.clone();
         let destination = job.destination.take();
+        if let Some(image) = destination.as_ref().filter(|_| job.covers) {
+            images::share(image);
+        }
         job.end(Phase::Completed, events);
         let disk = self.disks.iter_mut().find(|disk| disk.name == name);
         if let (Some(disk), Some(destination)) = (disk, destination) {

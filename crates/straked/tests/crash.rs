@@ -155,11 +155,15 @@ fn a_failed_job_is_cleared_up_by_the_next_daemon() {
 
 #[test]
 fn every_crash_point_is_walked() {
-    let source = include_str!("crash.rs").to_owned()
-        + include_str!("restart.rs")
-        + include_str!("fast_restart.rs")
-        + include_str!("interrupted.rs")
-        + include_str!("profiles.rs");
+    let source = [
+        include_str!("crash.rs"),
+        include_str!("restart.rs"),
+        include_str!("fast_restart.rs"),
+        include_str!("interrupted.rs"),
+        include_str!("profiles.rs"),
+        include_str!("snapshot_crash.rs"),
+    ]
+    .concat();
     for point in strake_host::CRASH_POINTS {
         assert!(source.contains(&format!("\"{point}\"")), "{point}");
     }

@@ -6,6 +6,7 @@ mod migrate;
 mod power;
 mod refuse;
 mod restart;
+mod snapshots;
 mod storage_faults;
 
 use crate::runner::Test;
@@ -18,6 +19,7 @@ pub fn all() -> Vec<Test> {
         boot::TESTS,
         power::TESTS,
         migrate::TESTS,
+        snapshots::TESTS,
         restart::TESTS,
         storage_faults::TESTS,
         kill::TESTS,

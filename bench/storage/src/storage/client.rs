@@ -153,14 +153,14 @@ fn failed(step: &str, reason: impl std::fmt::Display) -> strake_observe::Observa
 }
 
 /// Memory that the server can map.
-struct Shared {
+pub(super) struct Shared {
     fd: OwnedFd,
     start: *mut u8,
     len: usize,
 }
 
 impl Shared {
-    fn new(len: usize) -> Result<Self> {
+    pub(super) fn new(len: usize) -> Result<Self> {
         let fd = memfd_create("client", MemfdFlags::CLOEXEC).os("memfd_create", "client")?;
         rustix::fs::ftruncate(&fd, len as u64).os("ftruncate", "client")?;
         // SAFETY: a new shared mapping of a file of this length, at an address of the kernel's choice.
@@ -184,7 +184,12 @@ impl Shared {
         })
     }
 
-    fn block(&mut self, slot: usize) -> &mut [u8] {
+    /// Where it is mapped, how large it is, and its descriptor.
+    pub(super) fn parts(&self) -> (usize, usize, i32) {
+        (self.start as usize, self.len, self.fd.as_raw_fd())
+    }
+
+    pub(super) fn block(&mut self, slot: usize) -> &mut [u8] {
         debug_assert!((slot + 1) * BLOCK <= self.len);
         // SAFETY: within the mapping, which lives as long as `self`; the server only reads it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(slot * BLOCK), BLOCK) }
@@ -206,10 +211,14 @@ struct Flying {
 }
 
 /// Pseudo-random numbers (xorshift*), the same in every run.
-struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
-    fn below(&mut self, bound: usize) -> usize {
+    pub(super) fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+
+    pub(super) fn below(&mut self, bound: usize) -> usize {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -238,7 +247,7 @@ fn drive(path: &str, expected: &mut Expected, load: Load, stop: &AtomicBool) -> 
     let call = transport.get_completion_fd(0);
 
     let mut trace = Trace::default();
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut random = Random::new();
     let mut sequence = expected.iter().copied().max().unwrap_or(0);
     let mut flying: Vec<Option<Flying>> = vec![None; DEPTH];
     let mut busy = vec![false; expected.len()];

@@ -11,6 +11,7 @@
 
 mod client;
 mod disk;
+mod path;
 mod qsd;
 mod serve;
 mod table;
@@ -39,9 +40,22 @@ pub(crate) enum Extent {
     Full,
 }
 
+/// Which part of the bench is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Part {
+    All,
+    /// Migrations under load.
+    Migration,
+    /// The data path without a migration.
+    Path,
+}
+
+pub(crate) use serve::process as serve_disk;
+
 /// What is run.
 #[derive(Debug)]
 pub(crate) struct Settings {
+    pub(crate) part: Part,
     pub(crate) extent: Extent,
     pub(crate) dir: Option<PathBuf>,
     pub(crate) size: u64,
@@ -65,6 +79,7 @@ impl Settings {
             Extent::Full => (4 << 30, 5, 5, 40, 4 * 60 * 60),
         };
         Self {
+            part: Part::All,
             extent,
             dir: None,
             size,
@@ -222,7 +237,7 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
     let mut sides: Vec<Side> = sides.collect();
     let mut samples = Vec::new();
     let mut rounds = 0;
-    while rounds < settings.rounds {
+    while settings.part != Part::Path && rounds < settings.rounds {
         let round = began.elapsed() / rounds.max(1);
         if rounds > 0 && began.elapsed() + round > settings.budget {
             println!("\nno time for another round");
@@ -240,11 +255,18 @@ pub(crate) fn run(settings: &Settings) -> Result<()> {
         // Whoever comes first finds another device than whoever comes last.
         sides.rotate_left(1);
     }
-    if qsd::has_compare() {
+    if settings.part != Part::Path && qsd::has_compare() {
         compare_behind_the_gate(&mut stage, settings)?;
     }
     let no_peer = peer.as_ref().err().map(ToString::to_string);
-    let report = table::report(settings, rounds, &samples, no_peer);
+    let mut report = table::report(settings, rounds, &samples, no_peer);
+    if settings.part == Part::Path {
+        report.rows.clear();
+    }
+    if settings.part != Part::Migration {
+        let rows = path::run(settings, &stage.on, &stage.dir, peer.is_ok())?;
+        report.rows.extend(rows);
+    }
     report.print();
     let lost: u64 = samples
         .iter()
@@ -512,7 +534,7 @@ fn ours(
     }
     let trace = end(stage, client)?;
     if let Some(server) = server {
-        server.join();
+        server.join()?;
     }
     disk.flush()?;
     let used = status.method.as_deref();

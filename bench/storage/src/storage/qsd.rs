@@ -170,6 +170,24 @@ impl Qsd {
         destination: &Path,
         socket: &Path,
     ) -> Result<Self> {
+        Self::launch(dir, source, Some(destination), socket)
+    }
+
+    /// Exports `source` at `socket`.
+    pub(crate) fn serving(dir: &Path, source: &Path, socket: &Path) -> Result<Self> {
+        Self::launch(dir, source, None, socket)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn launch(
+        dir: &Path,
+        source: &Path,
+        destination: Option<&Path>,
+        socket: &Path,
+    ) -> Result<Self> {
         let monitor = dir.join("qmp.sock");
         for path in [&monitor, &socket.to_path_buf()] {
             let _ = std::fs::remove_file(path);
@@ -182,16 +200,20 @@ impl Qsd {
         };
         let mut command = Command::new(program());
         ends_with_us(&mut command);
-        let child = command
+        command
             .arg("--blockdev")
             .arg(file("source-file", source))
-            .args(["--blockdev", "driver=raw,node-name=source,file=source-file"])
-            .arg("--blockdev")
-            .arg(file("destination-file", destination))
-            .args([
-                "--blockdev",
-                "driver=raw,node-name=destination,file=destination-file",
-            ])
+            .args(["--blockdev", "driver=raw,node-name=source,file=source-file"]);
+        if let Some(destination) = destination {
+            command
+                .arg("--blockdev")
+                .arg(file("destination-file", destination))
+                .args([
+                    "--blockdev",
+                    "driver=raw,node-name=destination,file=destination-file",
+                ]);
+        }
+        let child = command
             .arg("--export")
             .arg(format!(
                 "type=vhost-user-blk,id=export,node-name=source,writable=on,addr.type=unix,addr.path={}",

@@ -29,6 +29,7 @@
 //! lasts too long (`pause.rs`). Others touch it only through [`Control`]: `cancel` and `decide` set
 //! a word under its lock and wake both.
 //!
+//! * `cover`: a snapshot, a switch-over without a copy.
 //! * `passes`, `mirroring`, `snapshot`: the methods; `choice`: when the first gives way to another;
 //!   `switch`: the switch-over; `overlay`: what `snapshot` and consolidations ask of an image's format.
 //! * `kept`: what a later run needs to go on.
@@ -39,6 +40,7 @@
 mod choice;
 mod control;
 mod copier;
+mod cover;
 mod job;
 pub mod journal;
 mod kept;
@@ -63,6 +65,7 @@ use strake_api::spec::MAX_DISK;
 use strake_observe::{Because, Observation, OsContext, Result};
 
 use self::control::Control;
+pub use self::cover::{Covered, MakeCover};
 use self::job::Job;
 use self::journal::{Journal, Record};
 pub use self::overlay::{Delta, Has, Overlay};

@@ -18,6 +18,7 @@ mod step_tests;
 #[cfg(test)]
 mod tests;
 
+use std::any::Any;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -119,6 +120,14 @@ impl RawImage {
             file.length = GROWING_BYTES;
         }
         Ok(image)
+    }
+
+    /// Another descriptor of the same open file, which has its lock as well.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub fn descriptor(&self) -> Result<OwnedFd> {
+        self.file.fd.try_clone().os("dup", &self.file.path)
     }
 
     /// What offsets and lengths in the file are best multiples of, in bytes.
@@ -285,6 +294,10 @@ impl Image for RawImage {
         }
         let stat = rustix::fs::fstat(&self.file.fd).os("fstat", &self.file.path)?;
         Ok(stat.st_nlink == 0)
+    }
+
+    fn as_any(&self) -> Option<&dyn Any> {
+        Some(self)
     }
 
     fn files(&self) -> Result<Vec<OwnedFd>> {

@@ -16,8 +16,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strake_api::job::{JobId, LimitsChange};
 use strake_api::rest::{
-    AddDatastore, CreateExport, CreateVm, Datastore, Export, HostInfo, Job, MigrateDisk, RestartVm,
-    Restarted, StopVm, Vm,
+    AddDatastore, Consolidate, CreateExport, CreateVm, Datastore, DiskTree, Export, HostInfo, Job,
+    MigrateDisk, RestartVm, Restarted, StopVm, TakeSnapshot, Vm,
 };
 use strake_observe::{Recorded, Result};
 
@@ -26,6 +26,9 @@ pub use http::{Body, ConsoleReader, ConsoleStream, ConsoleWriter};
 /// How long the daemon may take for an answer. Starting a VM on a slow, emulated host is the
 /// longest of them.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long a consolidation of a stopped VM's disk may take: it copies.
+const MERGE_PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
 /// What the daemon waits for a guest's shutdown if it is not told, and some.
 const STOP_DEFAULT: Duration = Duration::from_secs(120);
@@ -176,6 +179,59 @@ impl Client {
     pub async fn migrate(&self, vm: &str, disk: &str, how: &MigrateDisk) -> Result<Job> {
         let path = format!("/v1/vms/{}/disks/{}/migrate", segment(vm), segment(disk));
         self.post(&path, how, PATIENCE).await
+    }
+
+    /// Takes a snapshot of a disk.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn snapshot(&self, vm: &str, disk: &str, how: &TakeSnapshot) -> Result<Job> {
+        self.post(&snapshots(vm, disk), how, PATIENCE).await
+    }
+
+    /// A disk's images and snapshots.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn disk_tree(&self, vm: &str, disk: &str) -> Result<DiskTree> {
+        self.get(&snapshots(vm, disk)).await
+    }
+
+    /// Makes a disk what it was at a snapshot.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn revert(&self, vm: &str, disk: &str, snapshot: &str) -> Result<Job> {
+        let path = format!("{}/{}/revert", snapshots(vm, disk), segment(snapshot));
+        self.post(&path, &serde_json::json!({}), PATIENCE).await
+    }
+
+    /// Deletes a snapshot.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn delete_snapshot(&self, vm: &str, disk: &str, snapshot: &str) -> Result<DiskTree> {
+        let path = format!("{}/{}", snapshots(vm, disk), segment(snapshot));
+        let answer = self
+            .exchange::<()>(Method::DELETE, &path, None, PATIENCE)
+            .await?;
+        answer.read()
+    }
+
+    /// Takes one image of a disk away; none if there is nothing to do. With a stopped VM the answer
+    /// comes when it is done.
+    ///
+    /// # Errors
+    /// See [`Client::host`].
+    pub async fn consolidate(
+        &self,
+        vm: &str,
+        disk: &str,
+        how: &Consolidate,
+    ) -> Result<Option<Job>> {
+        let (vm, disk) = (segment(vm), segment(disk));
+        let path = format!("/v1/vms/{vm}/disks/{disk}/consolidate");
+        self.post(&path, how, MERGE_PATIENCE).await
     }
 
     /// Every job that the inventory knows.
@@ -337,6 +393,10 @@ impl Client {
     ) -> Result<http::Answer> {
         http::exchange(self, method, path, body, patience).await
     }
+}
+
+fn snapshots(vm: &str, disk: &str) -> String {
+    format!("/v1/vms/{}/disks/{}/snapshots", segment(vm), segment(disk))
 }
 
 /// `text` as one segment of a path: everything but unreserved characters is escaped.

@@ -8,7 +8,7 @@ use strake_api::job::{Ceiling, Latency, Method, MigrationLimits, Space, Suspend}
 use strake_api::rest::MigrateDisk;
 use strake_observe::Result;
 
-use super::limits;
+use super::{limits, snapshots};
 use crate::context::Context;
 use crate::exit::Exit;
 use crate::job;
@@ -42,6 +42,46 @@ Examples:
 Ctrl-C leaves the client, not the job: `strake jobs wait ID` watches it again,
 `strake jobs cancel ID` ends it.")]
     Migrate(Migrate),
+
+    /// Keep a disk as it is now, under a name, whether the VM runs or not
+    #[command(after_help = "\
+Examples:
+  strake disk snapshot web1 root
+  strake disk snapshot web1 root before-upgrade
+  strake disk snapshot web1 root before-upgrade --to fast
+
+With a running VM it is what the disk would be after a loss of power at that moment. It takes no
+space by itself: what is written from then on goes to a new image.")]
+    Snapshot(snapshots::Snapshot),
+
+    /// Show the images and snapshots of a VM's disks
+    #[command(
+        after_help = "Examples:\n  strake disk tree web1\n  strake disk tree web1 root --json"
+    )]
+    Tree(snapshots::Tree),
+
+    /// Make a disk of a stopped VM what it was at a snapshot
+    #[command(after_help = "\
+Example:
+  strake stop web1 && strake disk revert web1 root before-upgrade
+
+What was written since is gone: take another snapshot before if it may be needed. All snapshots
+stay.")]
+    Revert(snapshots::OfSnapshot),
+
+    /// Delete a snapshot; the disk stays as it is
+    #[command(after_help = "Example:\n  strake disk delete-snapshot web1 root before-upgrade")]
+    DeleteSnapshot(snapshots::OfSnapshot),
+
+    /// Bring a disk's images into fewer, whether the VM runs or not
+    #[command(after_help = "\
+Examples:
+  strake disk consolidate web1 root
+  strake disk consolidate web1 root --all
+
+What was written since a snapshot that was deleted goes into the image below, until that is a
+snapshot. With --all the disk is one image again.")]
+    Consolidate(snapshots::Merge),
 }
 
 /// The arguments of `strake disk migrate`.
@@ -148,6 +188,11 @@ pub enum Stops {
 pub(super) async fn run(args: Args, context: &Context) -> Result<Exit> {
     match args.command {
         Disk::Migrate(args) => migrate(args, context).await,
+        Disk::Snapshot(args) => snapshots::snapshot(args, context).await,
+        Disk::Tree(args) => snapshots::tree(args, context).await,
+        Disk::Revert(args) => snapshots::revert(args, context).await,
+        Disk::DeleteSnapshot(args) => snapshots::delete(args, context).await,
+        Disk::Consolidate(args) => snapshots::consolidate(args, context).await,
     }
 }
 

@@ -20,6 +20,7 @@ mod rm;
 mod run;
 mod set;
 mod show;
+mod snapshots;
 mod start;
 mod stop;
 mod upgrade;

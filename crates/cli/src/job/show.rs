@@ -205,6 +205,8 @@ mod tests {
             destination: "/fast/root.raw".into(),
             format: strake_api::image::ImageFormat::Raw,
             source_format: strake_api::image::ImageFormat::Raw,
+            kind: strake_api::job::JobKind::Migrate,
+            snapshot: None,
             to: "fast".into(),
             limits: MigrationLimits::default(),
             status: MigrationStatus {

@@ -9,6 +9,8 @@ fn at(elapsed_ms: u64, read_bytes: u64) -> Job {
         destination: "/b".into(),
         format: strake_api::image::ImageFormat::Raw,
         source_format: strake_api::image::ImageFormat::Raw,
+        kind: strake_api::job::JobKind::Migrate,
+        snapshot: None,
         to: "b".into(),
         limits: strake_api::job::MigrationLimits::default(),
         status: MigrationStatus {

@@ -416,6 +416,7 @@ pub(crate) fn vm(name: &str, state: VmState) -> Vm {
             name: "root".into(),
             image: "/slow/web1-root.raw".into(),
             format: strake_api::image::ImageFormat::Raw,
+            snapshots: Vec::new(),
             datastore: Some("slow".into()),
             size_bytes: 4 << 30,
             allocated_bytes: Some(1 << 30),
@@ -469,6 +470,8 @@ pub(crate) fn job(phase: Phase) -> Job {
         destination: "/fast/web1-root.raw".into(),
         format: strake_api::image::ImageFormat::Raw,
         source_format: strake_api::image::ImageFormat::Raw,
+        kind: strake_api::job::JobKind::Migrate,
+        snapshot: None,
         to: "fast".into(),
         limits: strake_api::job::MigrationLimits::default(),
         status: MigrationStatus {

@@ -159,6 +159,9 @@ impl Host {
                 read_only: disk.read_only,
                 created: looks.is_none(),
                 file: None,
+                below: files.get(1..).unwrap_or_default().to_vec(),
+                parent: None,
+                layers: Vec::new(),
             },
         })
     }
@@ -252,13 +255,22 @@ impl Host {
                 && (disk.created || disk.datastore.is_some())
                 && shared.is_ok_and(|users| users.is_empty())
         };
-        disks
-            .iter()
-            .filter(ours)
-            .filter_map(|disk| {
+        let images = disks.iter().filter(ours).flat_map(|disk| {
+            let layers = disk.layers.iter().rev();
+            let layers = layers.filter(|layer| layer.created || layer.datastore.is_some());
+            let layers = layers.map(|layer| (&layer.image, layer.file.as_ref()));
+            [(&disk.image, disk.file.as_ref())]
+                .into_iter()
+                .chain(layers)
+        });
+        images
+            .filter_map(|(image, file)| {
                 let what = "the image of a removed VM";
-                let path = disk.image.file().ok()?;
-                image::remove(path, disk.file.as_ref(), what).err()
+                match self.is_below_others(image) {
+                    Ok(true) => None,
+                    Ok(false) => image::remove(image.file().ok()?, file, what).err(),
+                    Err(seen) => Some(seen),
+                }
             })
             .collect()
     }

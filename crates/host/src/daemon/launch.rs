@@ -170,7 +170,7 @@ impl Host {
             lent.image(&vm.name, disk, fds)?
         } else {
             let user = |path: &Path| self.who_uses(&vm.name, path);
-            let image = chain::open(&disk.image, mode, &self.allowed_below()?, &user)?;
+            let image = chain::open(&disk.image, mode, &disk.below, &user)?;
             let file = image.identity.clone();
             (image.give(fds)?, file)
         };
@@ -188,7 +188,7 @@ impl Host {
 
     /// Who has locked an image, as far as the inventory can tell: another VM that is bound to the
     /// same file, under whatever name.
-    fn who_uses(&self, vm: &str, path: &Path) -> String {
+    pub(super) fn who_uses(&self, vm: &str, path: &Path) -> String {
         let others = self.inventory.vms().unwrap_or_default();
         others
             .iter()

@@ -6,24 +6,20 @@
 //! files they are; the destination gets its own name, unless that is somebody's by now; the monitor
 //! is told. What follows is in `commit`.
 
-use std::fs::OpenOptions;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
-use rustix::io::Errno;
-use strake_api::control::{KeepConfig, Reply, Request};
+use strake_api::control::{Reply, Request};
 use strake_api::image::ImageFormat;
 use strake_api::job::{
-    JobId, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase, Space,
+    JobId, JobKind, Latency, LimitsChange, MigrationLimits, MigrationStatus, Phase, Space,
 };
 use strake_api::rest::{Job, MigrateDisk};
 use strake_observe::{Because, OsContext, Result};
 
 use super::commit::{journal_path, unnamed_path};
-use super::interrupted::{create_kept, kept_path};
+use super::files::{self, Files};
+use super::interrupted::kept_path;
 use super::live::{Cell, Monitor};
 use super::{Host, guard, note, task};
 use crate::config::show;
@@ -31,12 +27,10 @@ use crate::crash;
 use crate::inventory::{DiskRecord, JobFiles, JobRecord, JobState, NewJob};
 use crate::monitor::descriptors::Descriptors;
 use crate::observations::{
-    DestinationExists, ImageInUse, ImageNotCreated, ImageRefused, JobNotActive, MigrationRefused,
-    MonitorGarbled, MonitorRefused, NoSuchDisk, RequestRefused, SameDatastore,
+    DestinationExists, ImageRefused, JobNotActive, MigrationRefused, MonitorGarbled,
+    MonitorRefused, NoSuchDisk, RequestRefused, SameDatastore,
 };
-use crate::storage::chain::{self, OpenImage};
-use crate::storage::image::{self, Created, Mode};
-use crate::storage::lock::{self, Share};
+use crate::storage::chain;
 use crate::storage::removal::{self, Claim};
 use crate::storage::store;
 use crate::{Binding, FileIdentity};
@@ -49,14 +43,6 @@ const LOOK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The longest pause that may be asked for: guests give up on their disks after 30 s.
 const MAX_PAUSE_MS: u64 = 20_000;
-
-/// What a job writes to.
-struct Files {
-    destination: OwnedFd,
-    journal: OwnedFd,
-    kept: Option<OwnedFd>,
-    known: JobFiles,
-}
 
 impl Host {
     /// Begins to migrate a disk of a VM that runs.
@@ -76,8 +62,8 @@ impl Host {
             let mut new = self.plan(vm, disk, request)?;
             let advice = "start the VM first: a disk is migrated while its VM runs";
             let monitor = cell.live().running(vm, advice)?;
-            new.size = running_size(&monitor, &new)?;
-            self.begin(&cell, &monitor, &new)
+            new.size = running_size(&monitor, disk)?;
+            self.begin(&cell, &monitor, &new, None)
         })?;
         self.job(&id)
     }
@@ -147,6 +133,9 @@ impl Host {
             destination: Binding::new(destination, format),
             to: to.name,
             limits: request.limits.clone(),
+            kind: JobKind::Migrate,
+            snapshot: None,
+            layer: None,
             remove_source: request.remove_source,
             // Only as it was recorded when the monitor got it: what bears the name now may be
             // another file, which nobody may remove.
@@ -154,29 +143,17 @@ impl Host {
         })
     }
 
-    fn begin(&self, cell: &Cell, monitor: &Monitor, new: &NewJob) -> Result<JobId> {
+    /// Begins a job with the monitor. `below` is what the destination is to be based on.
+    pub(super) fn begin(
+        &self,
+        cell: &Cell,
+        monitor: &Monitor,
+        new: &NewJob,
+        below: Option<&Binding>,
+    ) -> Result<JobId> {
         let _jobs = guard(&cell.jobs);
-        let job = {
-            let _placing = guard(&self.placing);
-            self.inventory.reserve_job(new)?
-        };
-        crash::point("after-job-reserved");
-        let files = match create_files(new, &job) {
-            Ok(files) => files,
-            Err(seen) => {
-                self.take_back(&job, None);
-                return Err(seen);
-            }
-        };
-        crash::point("after-destination-created");
-        let recorded = self.inventory.job_running(&job.id, &files.known);
-        let begun = recorded.and_then(|()| {
-            crash::point("after-job-recorded");
-            give_name(job.destination.file()?)?;
-            crash::point("after-destination-named");
-            self.hand_over(monitor, &job, &files)
-        });
-        match begun {
+        let (job, files) = self.prepare_job(new, below)?;
+        match self.hand_over(monitor, &job, &files) {
             Ok(()) => {
                 crash::point("after-job-accepted");
                 Ok(job.id)
@@ -188,30 +165,55 @@ impl Host {
         }
     }
 
+    /// Records a job and makes its files. The caller holds the VM's lock of jobs.
+    pub(super) fn prepare_job(
+        &self,
+        new: &NewJob,
+        below: Option<&Binding>,
+    ) -> Result<(JobRecord, Files)> {
+        let job = {
+            let _placing = guard(&self.placing);
+            self.inventory.reserve_job(new)?
+        };
+        crash::point("after-job-reserved");
+        let files = match Files::make(new, &job, below) {
+            Ok(files) => files,
+            Err(seen) => {
+                self.take_back(&job, None);
+                return Err(seen);
+            }
+        };
+        crash::point("after-destination-created");
+        let recorded = self.inventory.job_running(&job.id, &files.known);
+        let prepared = recorded.and_then(|()| {
+            crash::point("after-job-recorded");
+            if job.kind != JobKind::Consolidate {
+                files::give_name(job.destination.file()?)?;
+            }
+            crash::point("after-destination-named");
+            Ok(())
+        });
+        match prepared {
+            Ok(()) => Ok((self.inventory.job(&job.id)?, files)),
+            Err(seen) => {
+                self.take_back(&job, Some(&files.known));
+                Err(seen)
+            }
+        }
+    }
+
     /// Tells the monitor. If it is not known whether the monitor has heard, the job stands: the
     /// supervisor settles it, either with the monitor on a new connection or without it.
     fn hand_over(&self, monitor: &Monitor, job: &JobRecord, files: &Files) -> Result<()> {
         let mut fds = Descriptors::default();
-        let Binding { location, format } = &job.destination;
-        let destination = files.destination.try_clone().os("dup", location)?;
-        let destination = OpenImage::single(destination, location.file()?, *format, Mode::Write)?;
-        let journal = files.journal.try_clone().os("dup", "a journal")?;
-        let request = Request::MigrateDisk {
-            job: job.id.clone(),
-            disk: job.disk.clone(),
-            destination: destination.give(&mut fds)?,
-            journal: fds.add(journal)?,
-            limits: job.limits.clone(),
-            keep: match &files.kept {
-                Some(kept) => {
-                    let kept = kept.try_clone().os("dup", "a job's progress")?;
-                    Some(KeepConfig::New(fds.add(kept)?))
-                }
-                None => None,
-            },
-        };
+        let request = files.request(job, &mut fds)?;
         let connection = monitor.connection();
-        match connection.call("migrate a disk", request, &fds.all(), ACCEPT_PATIENCE) {
+        let what = match job.kind {
+            JobKind::Migrate => "migrate a disk",
+            JobKind::Snapshot | JobKind::Revert => "take a snapshot of a disk",
+            JobKind::Consolidate => "consolidate a disk",
+        };
+        match connection.call(what, request, &fds.all(), ACCEPT_PATIENCE) {
             Ok(_) => Ok(()),
             Err(seen) if seen.is::<MonitorRefused>() => Err(seen),
             Err(seen) => {
@@ -226,15 +228,16 @@ impl Host {
     /// it go; what is in their place may be anybody's.
     fn take_back(&self, job: &JobRecord, made: Option<&JobFiles>) {
         let mut left = Vec::new();
-        if let (Some(made), Ok(destination)) = (made, job.destination.file()) {
+        if let (Some(made), Ok(destination)) = (made, job.destination.file())
+            && job.kind != JobKind::Consolidate
+        {
             let unnamed = unnamed_path(destination);
-            let journal = journal_path(destination);
-            for (path, file) in [
-                (destination, &made.destination),
-                (unnamed.as_path(), &made.destination),
-                (journal.as_path(), &made.journal),
-            ] {
-                left.extend(removal::remove(path, file, Claim::Ours).err());
+            for path in [destination, &unnamed] {
+                left.extend(removal::remove(path, &made.destination, Claim::Ours).err());
+            }
+            if let Some(journal) = &made.journal {
+                let path = journal_path(destination);
+                left.extend(removal::remove(&path, journal, Claim::Ours).err());
             }
             if let (Some(kept), Ok(source)) = (&made.kept, job.source.file()) {
                 let path = kept_path(source, &job.id);
@@ -270,6 +273,8 @@ impl Host {
         };
         Job {
             vm: record.vm,
+            kind: record.kind,
+            snapshot: record.snapshot,
             source: record.source.to_string(),
             source_format: record.source.format,
             destination: record.destination.to_string(),
@@ -406,7 +411,7 @@ impl Host {
     }
 }
 
-fn check_limits(limits: &MigrationLimits) -> Result<()> {
+pub(super) fn check_limits(limits: &MigrationLimits) -> Result<()> {
     let refused = |reason: &str, advice: &str| {
         Err(RequestRefused {
             reason: reason.to_owned(),
@@ -467,7 +472,7 @@ fn with_end(name: &Path, format: ImageFormat) -> PathBuf {
     }
 }
 
-fn refuse_existing(path: &Path) -> Result<()> {
+pub(super) fn refuse_existing(path: &Path) -> Result<()> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error).os("stat", path.display()),
@@ -481,7 +486,7 @@ fn refuse_existing(path: &Path) -> Result<()> {
 
 /// What the monitor says: the guest's disk is as large as it was when it was started, whatever has
 /// become of the name of its image.
-fn running_size(monitor: &Monitor, new: &NewJob) -> Result<u64> {
+pub(super) fn running_size(monitor: &Monitor, name: &str) -> Result<u64> {
     let reply = monitor
         .connection()
         .call("status", Request::Status, &[], LOOK_PATIENCE)?;
@@ -489,98 +494,13 @@ fn running_size(monitor: &Monitor, new: &NewJob) -> Result<u64> {
         Reply::Status(status) => status.disks,
         _ => Vec::new(),
     };
-    let disk = disks.iter().find(|disk| disk.name == new.disk);
+    let disk = disks.iter().find(|disk| disk.name == name);
     disk.map(|disk| disk.size_bytes).ok_or_else(|| {
         MonitorGarbled {
-            reason: format!("its status does not tell disk '{}'", new.disk),
+            reason: format!("its status does not tell disk '{name}'"),
         }
         .into()
     })
-}
-
-fn create_files(new: &NewJob, job: &JobRecord) -> Result<Files> {
-    let destination = new.destination.file()?;
-    let unnamed = unnamed_path(destination);
-    let path = journal_path(destination);
-    let not_created = || ImageNotCreated {
-        path: show(&path),
-        size: 0,
-    };
-    // These names are this job's alone: what is there was left by a job long gone.
-    removal::remove_stale(&unnamed).because_of(not_created)?;
-    removal::remove_stale(&path).because_of(not_created)?;
-    let format = new.destination.format;
-    let destination = image::create_for(destination, &unnamed, format, new.size)?;
-    let guard = Created::new(&unnamed, &destination.identity);
-    if new.limits.space == Space::Thick {
-        fallocate(&destination.fd, FallocateFlags::empty(), 0, new.size)
-            .map_err(std::io::Error::from)
-            .os("fallocate", unnamed.display())
-            .because_of(|| ImageNotCreated {
-                path: show(&unnamed),
-                size: new.size,
-            })?;
-    }
-    let journal = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .os("open", path.display())
-        .because_of(not_created)?;
-    let identity = FileIdentity::of(&journal, &path)?;
-    let journal_guard = Created::new(&path, &identity);
-    // As long as the monitor has it, nobody takes it for a leftover.
-    let locked = lock::take(&journal, Share::Alone).os("fcntl(F_OFD_SETLK)", path.display())?;
-    if !locked {
-        return Err(ImageInUse {
-            path: show(&path),
-            user: "another process, which has it locked".to_owned(),
-        }
-        .into());
-    }
-    if let Some(directory) = path.parent() {
-        store::sync(directory).because_of(not_created)?;
-    }
-    let (kept, kept_identity) = create_kept(job).unzip();
-    journal_guard.keep();
-    guard.keep();
-    Ok(Files {
-        destination: destination.fd,
-        journal: journal.into(),
-        kept,
-        known: JobFiles {
-            destination: destination.identity,
-            journal: identity,
-            kept: kept_identity,
-        },
-    })
-}
-
-/// Gives the destination its own name, if that is still free.
-fn give_name(destination: &Path) -> Result<()> {
-    let unnamed = unnamed_path(destination);
-    let renamed = renameat_with(CWD, &unnamed, CWD, destination, RenameFlags::NOREPLACE);
-    let named = match renamed {
-        // Network file systems cannot refuse to replace; a second name they can give.
-        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {
-            std::fs::hard_link(&unnamed, destination).and_then(|()| std::fs::remove_file(&unnamed))
-        }
-        result => result.map_err(Into::into),
-    };
-    match named {
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(DestinationExists {
-            path: show(destination),
-            user: "it was created just now, by somebody else".to_owned(),
-        }
-        .into()),
-        result => result.os("rename", destination.display()),
-    }?;
-    match destination.parent() {
-        Some(directory) => store::sync(directory),
-        None => Ok(()),
-    }
 }
 
 #[cfg(test)]
@@ -598,21 +518,5 @@ mod tests {
         ] {
             assert_eq!(with_end(Path::new(name), format), Path::new(expected));
         }
-    }
-
-    #[test]
-    fn a_name_that_somebody_took_meanwhile_stays_his() {
-        let dir = tempfile::tempdir().unwrap();
-        let destination = dir.path().join("root.raw");
-        let unnamed = unnamed_path(&destination);
-        std::fs::write(&unnamed, b"").unwrap();
-        std::fs::write(&destination, b"").unwrap();
-        let theirs = FileIdentity::at(&destination).unwrap().unwrap();
-        let seen = give_name(&destination).unwrap_err();
-        assert_eq!(seen.id(), "host.destination-exists");
-        assert!(FileIdentity::at(&destination).unwrap().unwrap().is(&theirs));
-        std::fs::remove_file(&destination).unwrap();
-        give_name(&destination).unwrap();
-        assert!(destination.exists() && !unnamed.exists());
     }
 }

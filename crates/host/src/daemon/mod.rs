@@ -27,6 +27,7 @@ mod create;
 mod datastores;
 mod death;
 mod exports;
+mod files;
 mod handover;
 mod housekeeping;
 mod interrupted;
@@ -37,8 +38,10 @@ mod migrate;
 mod recover;
 mod settle;
 mod sharing;
+mod snapshots;
 mod steer;
 mod supervise;
+mod tree;
 mod verdicts;
 mod view;
 

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use strake_api::control::ExitReason;
-use strake_api::job::{MigrationStatus, Phase};
+use strake_api::job::{JobKind, MigrationStatus, Phase};
 use strake_observe::{Because, Observation, OsContext, Result};
 
 use super::commit::{journal_path, unnamed_path};
@@ -20,7 +20,7 @@ use super::{Host, guard, note};
 use crate::config::show;
 use crate::crash;
 use crate::inventory::{JobFiles, JobRecord, JobState};
-use crate::observations::{JobWithoutMonitor, MigrationFailed, NotRemoved};
+use crate::observations::{JobWithoutMonitor, LayerJobFailed, MigrationFailed, NotRemoved};
 use crate::storage::image;
 use crate::storage::removal::{self, Claim};
 
@@ -143,14 +143,20 @@ impl Host {
         let mut left = Vec::new();
         left.extend(remove_journal(job).err());
         left.extend(remove_kept(job).err());
+        if job.kind == JobKind::Consolidate {
+            crash::point("after-merge-committed");
+        }
         if job.remove_source {
             crash::point("before-source-removal");
             let _placing = guard(&self.placing);
             let shared = self.inventory.users_of_image(&job.source.location);
-            match shared {
-                Ok(users) if users.is_empty() => left.extend(remove_source(job).err()),
-                Ok(_) => {}
-                Err(seen) => left.push(seen),
+            let below = self.is_below_others(&job.source);
+            match (shared, below) {
+                (Ok(users), Ok(false)) if users.is_empty() => {
+                    left.extend(remove_source(job).err());
+                }
+                (Ok(_), Ok(_)) => {}
+                (Err(seen), _) | (_, Err(seen)) => left.push(seen),
             }
             crash::point("after-source-removal");
         }
@@ -159,6 +165,7 @@ impl Host {
         status.failure = None;
         self.record_end(job, &status);
         left.into_iter().for_each(note);
+        self.drop_unneeded(&job.vm);
     }
 
     pub(super) fn finish_on_source(&self, job: &JobRecord, status: &MigrationStatus) {
@@ -208,7 +215,10 @@ impl Host {
                 continue;
             }
             // No job begins while this lock is held, so one that is active belongs to no monitor.
-            let _jobs = guard(&cell.jobs);
+            // Whoever holds it works on them, and may need long.
+            let Ok(_jobs) = cell.jobs.try_lock() else {
+                continue;
+            };
             if cell.live().at_rest() {
                 self.settle_all(&job.vm, &ExitReason::Stopped);
             }
@@ -217,6 +227,16 @@ impl Host {
 }
 
 fn failed(job: &JobRecord) -> Observation {
+    if job.kind != JobKind::Migrate {
+        return LayerJobFailed {
+            job: job.id.to_string(),
+            kind: job.kind.name().to_owned(),
+            vm: job.vm.clone(),
+            disk: job.disk.clone(),
+            source: job.source.to_string(),
+        }
+        .into();
+    }
     MigrationFailed {
         job: job.id.to_string(),
         vm: job.vm.clone(),
@@ -227,7 +247,11 @@ fn failed(job: &JobRecord) -> Observation {
 }
 
 fn remove_source(job: &JobRecord) -> Result<()> {
-    let what = "the source of a migrated disk";
+    let what = match job.kind {
+        JobKind::Migrate => "the source of a migrated disk",
+        JobKind::Snapshot | JobKind::Revert => "what a disk was before it went back",
+        JobKind::Consolidate => "an image that was consolidated",
+    };
     match &job.source_file {
         Some(file) => image::remove(job.source.file()?, Some(file), what),
         None => Err(NotRemoved {
@@ -258,9 +282,13 @@ fn remove_kept(job: &JobRecord) -> Result<()> {
 }
 
 fn remove_journal(job: &JobRecord) -> Result<()> {
+    if job.kind != JobKind::Migrate {
+        return Ok(());
+    }
     let path = journal_path(job.destination.file()?);
-    let removed = match &job.files {
-        Some(files) => removal::remove(&path, &files.journal, Claim::Ours).map(drop),
+    let journal = job.files.as_ref().and_then(|files| files.journal.as_ref());
+    let removed = match journal {
+        Some(journal) => removal::remove(&path, journal, Claim::Ours).map(drop),
         None => removal::remove_stale(&path),
     };
     removed.because_of(|| NotRemoved {
@@ -279,6 +307,10 @@ fn remove_files(job: &JobRecord) -> Vec<Observation> {
         what: "the destination of a migration that did not complete".to_owned(),
     };
     let mut left = Vec::new();
+    // What a consolidation writes to is below the disk and stays, whatever becomes of the job.
+    if job.kind == JobKind::Consolidate {
+        return left;
+    }
     let destination = match job.destination.file() {
         Ok(path) => path,
         Err(seen) => return vec![seen.into()],

@@ -4,6 +4,7 @@
 //! be written whose file is below another disk, whether or not either VM runs now; while they run,
 //! locks see to it, and against other programs too.
 
+use std::collections::HashSet;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -11,11 +12,13 @@ use strake_observe::Result;
 
 use super::Host;
 use super::create::in_use;
+use crate::Binding;
 use crate::storage::chain;
 
 impl Host {
-    /// Which files may be below others: those in a datastore of this host. Images' headers name
-    /// them, and whoever made an image must not reach any other file by it.
+    /// Which files may be below others: those in a datastore of this host, and those that this daemon
+    /// itself has put below others. Images' headers name them, and whoever made an image must not
+    /// reach any other file by it.
     pub(super) fn allowed_below(&self) -> Result<impl Fn(&Path) -> bool + use<>> {
         let stores: Vec<PathBuf> = self
             .inventory
@@ -23,7 +26,59 @@ impl Host {
             .into_iter()
             .map(|store| store.path)
             .collect();
-        Ok(move |path: &Path| stores.iter().any(|store| path.starts_with(store)))
+        let ours: HashSet<PathBuf> = self
+            .inventory
+            .vms()?
+            .iter()
+            .flat_map(|vm| &vm.disks)
+            .flat_map(|disk| {
+                let layers = disk.layers.iter().map(|layer| &layer.image);
+                layers.chain([&disk.image])
+            })
+            .filter_map(|image| image.file().ok())
+            .map(Path::to_owned)
+            .collect();
+        Ok(move |path: &Path| {
+            ours.contains(path) || stores.iter().any(|store| path.starts_with(store))
+        })
+    }
+
+    /// Whether an image is a layer of some disk, or below the image of one.
+    pub(super) fn is_below_others(&self, image: &Binding) -> Result<bool> {
+        let path = image.file()?;
+        let allowed = self.allowed_below()?;
+        let is_below = |other: &Binding| {
+            let looks = chain::look(other, &allowed).ok().flatten();
+            looks.is_some_and(|looks| looks.files.iter().skip(1).any(|file| same(file, path)))
+        };
+        Ok(self
+            .inventory
+            .vms()?
+            .iter()
+            .flat_map(|vm| &vm.disks)
+            .any(|disk| {
+                let mut layers = disk.layers.iter().map(|layer| &layer.image);
+                layers.any(|layer| layer.location == image.location || is_below(layer))
+                    || is_below(&disk.image)
+            }))
+    }
+
+    /// Whether the image of another disk than this one has a file below it.
+    pub(super) fn is_below_other_disks(&self, vm: &str, name: &str, path: &Path) -> Result<bool> {
+        let allowed = self.allowed_below()?;
+        let vms = self.inventory.vms()?;
+        let mut images = vms
+            .iter()
+            .flat_map(|of| of.disks.iter().map(move |disk| (of, disk)))
+            .filter(|(of, disk)| of.name != vm || disk.name != name)
+            .flat_map(|(_, disk)| {
+                let layers = disk.layers.iter().map(|layer| &layer.image);
+                layers.chain([&disk.image])
+            });
+        Ok(images.any(|image| {
+            let looks = chain::look(image, &allowed).ok().flatten();
+            looks.is_some_and(|looks| looks.files.iter().any(|file| same(file, path)))
+        }))
     }
 
     /// Refuses a chain of files, from the top, that a disk of some VM keeps from being used: its
@@ -48,6 +103,13 @@ impl Host {
                     && let Some(shared) = below.iter().find(|file| same(theirs, file))
                 {
                     return Err(in_use(shared, &user));
+                }
+                let mut layers = disk
+                    .layers
+                    .iter()
+                    .filter_map(|layer| layer.image.file().ok());
+                if !read_only && layers.any(|layer| same(layer, top)) {
+                    return Err(in_use(top, &format!("{user}, which has it below its own")));
                 }
                 // A chain that cannot be listed cannot be started either.
                 let Ok(Some(looks)) = chain::look(&disk.image, &allowed) else {

@@ -7,7 +7,7 @@ use strake_nbd::{Address, Security, Uri};
 use strake_observe::Result;
 
 use super::steer::Place;
-use super::{Host, now_ms};
+use super::{Host, now_ms, tree};
 use crate::inventory::{VmRecord, Workload};
 use crate::observations::NoSuchExport;
 use crate::storage::chain;
@@ -150,6 +150,7 @@ impl Host {
                 .iter()
                 .cloned()
                 .map(|disk| {
+                    let snapshots = tree::snapshots(&disk);
                     let looks = chain::look(&disk.image, &allowed).ok().flatten();
                     Disk {
                         image: disk.image.to_string(),
@@ -157,6 +158,7 @@ impl Host {
                         datastore: disk.datastore,
                         size_bytes: looks.as_ref().map_or(disk.size, |looks| looks.size),
                         allocated_bytes: looks.as_ref().map(|looks| looks.allocated),
+                        snapshots,
                         slot: disk.slot,
                         counters: status
                             .as_ref()

@@ -90,6 +90,9 @@ impl Inventory {
                 "SELECT 'disk ''' || name || ''' of VM ''' || vm || '''' FROM disks
                      WHERE datastore = ?1
                  UNION ALL
+                 SELECT coalesce('snapshot ''' || name || '''', 'an image') || ' of disk '''
+                     || disk || ''' of VM ''' || vm || '''' FROM layers WHERE datastore = ?1
+                 UNION ALL
                  SELECT 'job job-' || seq FROM jobs WHERE datastore = ?1 AND state <> 'ended'",
             )?;
             let users = statement

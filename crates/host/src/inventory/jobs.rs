@@ -15,12 +15,15 @@
 //! `interrupted`: its VM ended first; the binding stays for now, and the VM's next start takes it up again
 //! if it is recorded by then what its source looked like. `aborted`: it was decided that the binding stays; the destination must be removed.
 
+use std::path::PathBuf;
+
 use rusqlite::{Connection, OptionalExtension, Row, params};
-use strake_api::job::{JobId, MigrationLimits, MigrationStatus, Phase};
+use strake_api::job::{JobId, JobKind, MigrationLimits, MigrationStatus, Phase};
 use strake_observe::{Observation, Result};
 
+use super::layers::{self, LayerId, LayerRecord};
 use super::vms::{binding, users_of_image};
-use super::{Attempt, Inventory, from_json, to_json};
+use super::{Attempt, Inventory, from_json, to_json, to_sql};
 use crate::observations::{CommitFailed, DestinationExists, DiskBusy, InventoryCorrupt, NoSuchJob};
 use crate::{Binding, FileIdentity, Stamp};
 
@@ -85,6 +88,12 @@ pub struct JobRecord {
     pub destination: Binding,
     /// The destination's datastore.
     pub to: String,
+    /// What it does.
+    pub kind: JobKind,
+    /// The snapshot that it takes or goes back to.
+    pub snapshot: Option<String>,
+    /// The layer that it goes back to or writes to.
+    pub layer: Option<LayerId>,
     /// Its limits.
     pub limits: MigrationLimits,
     /// Whether the source goes once the destination is authoritative.
@@ -101,13 +110,13 @@ pub struct JobRecord {
     pub status: MigrationStatus,
 }
 
-/// The files that were made for a job.
+/// The files that a job writes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JobFiles {
     /// Which file the destination is.
     pub destination: FileIdentity,
-    /// Which file the journal is.
-    pub journal: FileIdentity,
+    /// Which file the journal is, if it has one.
+    pub journal: Option<FileIdentity>,
     /// Which file its progress is kept in, if it is.
     pub kept: Option<FileIdentity>,
 }
@@ -127,6 +136,12 @@ pub struct NewJob {
     pub destination: Binding,
     /// The destination's datastore.
     pub to: String,
+    /// What it does.
+    pub kind: JobKind,
+    /// The snapshot that it takes or goes back to.
+    pub snapshot: Option<String>,
+    /// The layer that it goes back to or writes to.
+    pub layer: Option<LayerId>,
     /// Its limits.
     pub limits: MigrationLimits,
     /// Whether the source goes once the destination is authoritative.
@@ -230,11 +245,22 @@ impl Inventory {
                 })
                 .into());
             }
+            match (new.kind, new.layer) {
+                (JobKind::Consolidate, Some(layer)) => {
+                    layers::only_below(tx, &new.vm, &new.disk, layer)?;
+                }
+                (JobKind::Consolidate | JobKind::Revert, None) => {
+                    return Err(corrupt(&name(0), "it names no layer").into());
+                }
+                _ => {}
+            }
             let status = |id: JobId| MigrationStatus::new(id, new.disk.clone(), new.size);
             tx.execute(
                 "INSERT INTO jobs (vm, disk, source, destination, datastore, limits,
-                     remove_source, source_file, source_format, destination_format, state, status)
-                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, 'preparing', '')",
+                     remove_source, source_file, source_format, destination_format, kind,
+                     snapshot, layer, state, status)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13,
+                     'preparing', '')",
                 params![
                     new.vm,
                     new.disk,
@@ -246,6 +272,9 @@ impl Inventory {
                     source_file,
                     new.source.format.name(),
                     new.destination.format.name(),
+                    new.kind.name(),
+                    new.snapshot,
+                    new.layer.map(|layer| layer.0),
                 ],
             )?;
             let seq = tx.last_insert_rowid();
@@ -269,7 +298,10 @@ impl Inventory {
     /// The inventory cannot be written.
     pub fn job_running(&self, id: &JobId, files: &JobFiles) -> Result<()> {
         let destination = to_json("a job's destination", &files.destination)?;
-        let journal = to_json("a job's journal", &files.journal)?;
+        let journal = files.journal.as_ref();
+        let journal = journal
+            .map(|journal| to_json("a job's journal", journal))
+            .transpose()?;
         let kept = files.kept.as_ref();
         let kept = kept
             .map(|kept| to_json("a job's progress", kept))
@@ -371,23 +403,7 @@ impl Inventory {
     pub fn commit_job(&self, id: &JobId) -> Result<()> {
         self.write("commit a job", |tx| {
             let job = step(tx, id, &[JobState::Running], JobState::Committed)?;
-            let moved = tx.execute(
-                // With the disk of an export moves the VM's that it stands for.
-                "UPDATE disks SET image = ?4, format = ?7, datastore = ?5, created = 1, file = ?6
-                     WHERE image = ?3 AND (vm = ?1 AND name = ?2 OR (vm, name) IN
-                         (SELECT of_vm, of_disk FROM vms WHERE name = ?1))",
-                params![
-                    job.vm,
-                    job.disk,
-                    job.source.location.text()?,
-                    job.destination.location.text()?,
-                    job.to,
-                    job.files
-                        .map(|files| to_json("a job's destination", &files.destination))
-                        .transpose()?,
-                    job.destination.format.name(),
-                ],
-            )?;
+            let moved = rebind(tx, &job)?;
             tx.execute(
                 "UPDATE vms SET revision = revision + 1 WHERE name = ?1",
                 [&job.vm],
@@ -460,6 +476,114 @@ impl Inventory {
     }
 }
 
+/// What becomes of a disk's record, beside the binding.
+struct Next {
+    datastore: Option<String>,
+    /// Whether Strake made the image.
+    created: bool,
+    parent: Option<LayerId>,
+    below: Vec<PathBuf>,
+}
+
+impl Next {
+    /// With an image that was made for the job.
+    fn made(datastore: Option<String>, parent: Option<LayerId>, below: Vec<PathBuf>) -> Self {
+        Self {
+            datastore,
+            created: true,
+            parent,
+            below,
+        }
+    }
+}
+
+/// Binds the job's disk to its destination; gives the number of disks that were on its source.
+fn rebind(tx: &Connection, job: &JobRecord) -> Attempt<usize> {
+    let source = job.source.location.text()?;
+    let bound: Option<(Option<i64>, String)> = tx
+        .query_row(
+            "SELECT parent, below FROM disks WHERE vm = ?1 AND name = ?2 AND image = ?3",
+            params![job.vm, job.disk, source],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )
+        .optional()?;
+    let Some((parent, below)) = bound else {
+        return Ok(0);
+    };
+    let keep = |name: &str| layers::keep_image(tx, &job.vm, &job.disk, name, to_sql(now_ms()));
+    let layer_of = |id: LayerId| -> Attempt<LayerRecord> {
+        let layers = layers::of_disk(tx, &job.vm, &job.disk)?;
+        let layer = layers.into_iter().find(|layer| layer.id == id);
+        Ok(layer.ok_or_else(|| corrupt(&job.id, "its layer is not the disk's"))?)
+    };
+    // What an image over another one has below it.
+    let over = |image: &Binding, below: Vec<PathBuf>| -> Result<Vec<PathBuf>> {
+        Ok([vec![image.file()?.to_owned()], below].concat())
+    };
+    let to = Some(job.to.clone()).filter(|to| !to.is_empty());
+    let next = match (job.kind, job.layer) {
+        (JobKind::Migrate, _) => {
+            if parent.is_some() && !job.remove_source {
+                // What stays of a chain stays in the tree of the disk.
+                keep(&format!("before-{}", job.id))?;
+            }
+            Next::made(to, None, Vec::new())
+        }
+        (JobKind::Snapshot, _) => {
+            let name = job.snapshot.as_deref().unwrap_or("snapshot");
+            let below = over(&job.source, from_json("a disk", &below)?)?;
+            Next::made(to, Some(keep(name)?), below)
+        }
+        (JobKind::Revert, Some(id)) => {
+            let layer = layer_of(id)?;
+            Next::made(to, Some(id), over(&layer.image, layer.below)?)
+        }
+        (JobKind::Consolidate, Some(id)) => {
+            layers::only_below(tx, &job.vm, &job.disk, id)?;
+            let layer = layer_of(id)?;
+            tx.execute("DELETE FROM layers WHERE id = ?1", [id.0])?;
+            Next {
+                datastore: layer.datastore,
+                created: layer.created,
+                parent: layer.parent,
+                below: layer.below,
+            }
+        }
+        (JobKind::Revert | JobKind::Consolidate, None) => {
+            return Err(corrupt(&job.id, "it names no layer").into());
+        }
+    };
+    Ok(tx.execute(
+        "UPDATE disks SET image = ?4, format = ?5, datastore = ?6, created = ?7, file = ?8,
+             parent = ?9, below = ?10
+             WHERE image = ?3 AND (vm = ?1 AND name = ?2 OR (vm, name) IN
+                 (SELECT of_vm, of_disk FROM vms WHERE name = ?1))",
+        params![
+            job.vm,
+            job.disk,
+            source,
+            job.destination.location.text()?,
+            job.destination.format.name(),
+            next.datastore,
+            next.created,
+            job.files
+                .as_ref()
+                .map(|files| to_json("a job's destination", &files.destination))
+                .transpose()?,
+            next.parent.map(|layer| layer.0),
+            to_json("a disk", &next.below)?,
+        ],
+    )?)
+}
+
+fn now_ms() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .ok()
+        .and_then(|since| u64::try_from(since.as_millis()).ok())
+        .unwrap_or(0)
+}
+
 /// Moves a job from one of `from` to `to`.
 fn step(db: &Connection, id: &JobId, from: &[JobState], to: JobState) -> Attempt<JobRecord> {
     let job = find(db, id)?;
@@ -522,6 +646,9 @@ struct Raw {
     status: String,
     source_format: String,
     destination_format: String,
+    kind: String,
+    snapshot: Option<String>,
+    layer: Option<i64>,
     kept_file: Option<String>,
     source_stamp: Option<String>,
 }
@@ -543,8 +670,11 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
         status: row.get(12)?,
         source_format: row.get(13)?,
         destination_format: row.get(14)?,
-        kept_file: row.get(15)?,
-        source_stamp: row.get(16)?,
+        kind: row.get(15)?,
+        snapshot: row.get(16)?,
+        layer: row.get(17)?,
+        kept_file: row.get(18)?,
+        source_stamp: row.get(19)?,
     })
 }
 
@@ -552,7 +682,8 @@ fn select(db: &Connection, rest: &str, values: impl rusqlite::Params) -> Attempt
     let mut statement = db.prepare(&format!(
         "SELECT seq, vm, disk, source, destination, datastore, limits, remove_source, state,
              source_file, destination_file, journal_file, status, source_format,
-             destination_format, kept_file, source_stamp FROM jobs {rest}"
+             destination_format, kind, snapshot, layer, kept_file, source_stamp FROM jobs
+             {rest}"
     ))?;
     let rows = statement
         .query_map(values, raw)?
@@ -566,7 +697,8 @@ fn job(raw: Raw) -> Result<JobRecord> {
     let file = |text: Option<String>| -> Result<Option<FileIdentity>> {
         text.map(|text| from_json(&record, &text)).transpose()
     };
-    let made = file(raw.destination_file)?.zip(file(raw.journal_file)?);
+    let made = file(raw.destination_file)?;
+    let journal = file(raw.journal_file)?;
     let kept = file(raw.kept_file)?;
     let stamp = raw.source_stamp.map(|text| from_json(&record, &text));
     Ok(JobRecord {
@@ -580,7 +712,11 @@ fn job(raw: Raw) -> Result<JobRecord> {
         state: JobState::parse(&raw.state)
             .ok_or_else(|| corrupt(&id, &format!("its state is '{}'", raw.state)))?,
         source_file: file(raw.source_file)?,
-        files: made.map(|(destination, journal)| JobFiles {
+        kind: JobKind::named(&raw.kind)
+            .ok_or_else(|| corrupt(&id, &format!("it is to '{}'", raw.kind)))?,
+        snapshot: raw.snapshot,
+        layer: raw.layer.map(LayerId),
+        files: made.map(|destination| JobFiles {
             destination,
             journal,
             kept,

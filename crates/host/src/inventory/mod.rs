@@ -8,6 +8,7 @@
 
 mod datastores;
 mod jobs;
+mod layers;
 mod schema;
 mod steer;
 #[cfg(test)]
@@ -24,6 +25,7 @@ use strake_observe::{Observation, OsContext, Result};
 
 pub use datastores::DatastoreRecord;
 pub use jobs::{JobFiles, JobRecord, JobState, NewJob};
+pub use layers::{LayerId, LayerRecord};
 pub use steer::{Labels, ProfileRecord, Steering};
 pub use vms::{DiskRecord, NicRecord, StoredState, VmRecord, Workload};
 

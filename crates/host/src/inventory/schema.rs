@@ -125,6 +125,33 @@ pub(super) const STEPS: &[&str] = &[
     ALTER TABLE jobs ADD COLUMN kept_file TEXT;
     ALTER TABLE jobs ADD COLUMN source_stamp TEXT;
 ",
+    // Images of a disk that others of its images need below them. One with a name is a snapshot.
+    // What is below an image is recorded when the operator or this daemon says so; its header, which
+    // its VM's monitor may write, must say the same.
+    "
+    CREATE TABLE layers (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        vm TEXT NOT NULL,
+        disk TEXT NOT NULL,
+        image TEXT NOT NULL,
+        format TEXT NOT NULL,
+        file TEXT,
+        datastore TEXT REFERENCES datastores(name),
+        created INTEGER NOT NULL,
+        parent INTEGER,
+        name TEXT,
+        taken_ms INTEGER NOT NULL,
+        below TEXT NOT NULL,
+        FOREIGN KEY (vm, disk) REFERENCES disks(vm, name) ON DELETE CASCADE
+    ) STRICT;
+    CREATE UNIQUE INDEX layers_by_name ON layers(vm, disk, name) WHERE name IS NOT NULL;
+    CREATE INDEX layers_by_image ON layers(image);
+    ALTER TABLE disks ADD COLUMN parent INTEGER;
+    ALTER TABLE disks ADD COLUMN below TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE jobs ADD COLUMN kind TEXT NOT NULL DEFAULT 'migrate';
+    ALTER TABLE jobs ADD COLUMN snapshot TEXT;
+    ALTER TABLE jobs ADD COLUMN layer INTEGER;
+",
 ];
 
 pub(super) fn migrate(tx: &Transaction<'_>, path: &str) -> Attempt<()> {

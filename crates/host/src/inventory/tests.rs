@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use strake_api::image::ImageFormat;
-use strake_api::job::{JobId, MigrationLimits, Phase};
+use strake_api::job::{JobId, JobKind, MigrationLimits, Phase};
 use strake_api::spec::VmSpec;
 
 use super::*;
@@ -31,6 +31,9 @@ fn disk(image: &str, datastore: Option<&str>) -> DiskRecord {
         read_only: false,
         created: true,
         file: None,
+        below: Vec::new(),
+        parent: None,
+        layers: Vec::new(),
     }
 }
 
@@ -52,6 +55,9 @@ fn new_job() -> NewJob {
         source: raw("/slow/root.raw"),
         destination: raw("/fast/root.raw"),
         to: "fast".into(),
+        kind: JobKind::Migrate,
+        snapshot: None,
+        layer: None,
         limits: MigrationLimits::default(),
         remove_source: true,
         source_file: Some(file(1)),
@@ -70,7 +76,7 @@ fn file(ino: u64) -> FileIdentity {
 fn files() -> JobFiles {
     JobFiles {
         destination: file(2),
-        journal: file(3),
+        journal: Some(file(3)),
         kept: Some(file(4)),
     }
 }
@@ -254,6 +260,115 @@ fn a_binding_is_a_location_and_a_format() {
         inventory.vm("web1").unwrap().disks[0].image,
         to_qcow2.destination
     );
+}
+
+fn run(inventory: &Inventory, new: &NewJob) -> DiskRecord {
+    let job = inventory.reserve_job(new).unwrap();
+    inventory.job_running(&job.id, &files()).unwrap();
+    inventory.commit_job(&job.id).unwrap();
+    inventory.end_job(&job.id, &job.status).unwrap();
+    inventory.vm("web1").unwrap().disks.remove(0)
+}
+
+fn snapshot(name: &str, from: &Binding, to: &str) -> NewJob {
+    NewJob {
+        kind: JobKind::Snapshot,
+        snapshot: Some(name.into()),
+        source: from.clone(),
+        destination: Binding::new(to, ImageFormat::Qcow2),
+        to: "slow".into(),
+        remove_source: false,
+        ..new_job()
+    }
+}
+
+#[test]
+fn snapshots_make_a_tree_and_a_consolidation_takes_a_layer_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = with_vm(&dir.path().join("i"));
+    let base = raw("/slow/root.raw");
+    let one = run(&inventory, &snapshot("one", &base, "/slow/root.1.qcow2"));
+    assert_eq!(one.layers.len(), 1);
+    assert_eq!(
+        (one.layers[0].name.as_deref(), &one.layers[0].image),
+        (Some("one"), &base)
+    );
+    assert_eq!(one.parent, Some(one.layers[0].id));
+    assert_eq!(one.below, [Path::new("/slow/root.raw")]);
+    // The same name twice is refused, and then nothing has changed.
+    let again = inventory
+        .reserve_job(&snapshot("one", &one.image, "/slow/root.2.qcow2"))
+        .unwrap();
+    inventory.job_running(&again.id, &files()).unwrap();
+    assert!(inventory.commit_job(&again.id).is_err());
+    inventory.drop_job(&again.id).unwrap();
+    let two = run(
+        &inventory,
+        &snapshot("two", &one.image, "/slow/root.2.qcow2"),
+    );
+    assert_eq!(two.layers[1].parent, Some(two.layers[0].id));
+    let below = [Path::new("/slow/root.1.qcow2"), Path::new("/slow/root.raw")];
+    assert_eq!(two.below, below);
+    // Back to the first: a branch.
+    let back = NewJob {
+        kind: JobKind::Revert,
+        layer: Some(two.layers[0].id),
+        ..snapshot("one", &two.image, "/slow/root.3.qcow2")
+    };
+    let back = run(&inventory, &back);
+    assert_eq!(
+        (back.parent, back.layers.len()),
+        (Some(two.layers[0].id), 2)
+    );
+    // A layer that is a snapshot, or that two are based on, is not written.
+    let merge = NewJob {
+        kind: JobKind::Consolidate,
+        layer: back.parent,
+        snapshot: None,
+        destination: base.clone(),
+        ..snapshot("", &back.image, "/slow/x")
+    };
+    assert!(inventory.reserve_job(&merge).is_err());
+    inventory.forget_snapshot("web1", "root", "one").unwrap();
+    let seen = inventory
+        .forget_snapshot("web1", "root", "one")
+        .unwrap_err();
+    assert_eq!(seen.id(), "host.no-such-snapshot");
+    assert!(seen.text().contains("two"), "{seen}");
+    assert!(inventory.reserve_job(&merge).is_err());
+    assert!(inventory.forget_layer(back.layers[0].id).is_err());
+    inventory.forget_snapshot("web1", "root", "two").unwrap();
+    inventory.forget_layer(back.layers[1].id).unwrap();
+    let merged = run(&inventory, &merge);
+    assert_eq!((&merged.image, merged.parent), (&base, None));
+    assert!(merged.layers.is_empty() && merged.created && merged.below.is_empty());
+    assert_eq!(back.below, [Path::new("/slow/root.raw")]);
+}
+
+#[test]
+fn what_a_migration_leaves_of_a_chain_stays_a_snapshot() {
+    let dir = tempfile::tempdir().unwrap();
+    let inventory = with_vm(&dir.path().join("i"));
+    let one = run(
+        &inventory,
+        &snapshot("one", &raw("/slow/root.raw"), "/slow/root.1.qcow2"),
+    );
+    let moved = NewJob {
+        source: one.image.clone(),
+        remove_source: false,
+        ..new_job()
+    };
+    let moved = run(&inventory, &moved);
+    assert_eq!((&moved.image, moved.parent), (&raw("/fast/root.raw"), None));
+    let names: Vec<_> = moved
+        .layers
+        .iter()
+        .map(|layer| layer.name.as_deref())
+        .collect();
+    assert_eq!(names, [Some("one"), Some("before-job-2")]);
+    assert_eq!(moved.layers[1].image, one.image);
+    inventory.remove_vm("web1").unwrap();
+    assert!(inventory.layers_at(&one.image.location).unwrap().is_empty());
 }
 
 #[test]

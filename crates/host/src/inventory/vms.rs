@@ -1,11 +1,14 @@
 //! VMs, their disks with the binding, and their interfaces in the inventory.
 
+use std::path::PathBuf;
+
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use strake_api::control::ExitReason;
 use strake_api::export::ExportSpec;
 use strake_api::spec::VmSpec;
 use strake_observe::{Observation, Result};
 
+use super::layers::{self, LayerId, LayerRecord};
 use super::{Attempt, Inventory, from_json, from_sql, to_json, to_sql};
 use crate::observations::{
     DiskExported, InventoryCorrupt, NicConflict, NoSuchVm, NotAVm, VmExists,
@@ -107,6 +110,12 @@ pub struct DiskRecord {
     pub created: bool,
     /// Which file the image was when it was created or, later, when a monitor last got it.
     pub file: Option<FileIdentity>,
+    /// The files below the image, from the upper ones down: its header must name the same.
+    pub below: Vec<PathBuf>,
+    /// The layer that the image is based on, if that is one of the disk's own.
+    pub parent: Option<LayerId>,
+    /// The layers of the disk, the oldest first: its snapshots, and what is below other images.
+    pub layers: Vec<LayerRecord>,
 }
 
 /// A network interface.
@@ -462,8 +471,8 @@ impl Inventory {
 fn add_disk(db: &Connection, vm: &str, position: u64, disk: &DiskRecord) -> Attempt<()> {
     db.execute(
         "INSERT INTO disks (vm, name, position, slot, image, datastore, size,
-             read_only, created, file, format)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+             read_only, created, file, format, below)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
         params![
             vm,
             disk.name,
@@ -479,6 +488,7 @@ fn add_disk(db: &Connection, vm: &str, position: u64, disk: &DiskRecord) -> Atte
                 .map(|file| to_json(&disk.name, file))
                 .transpose()?,
             disk.image.format.name(),
+            to_json(&disk.name, &disk.below)?,
         ],
     )?;
     Ok(())
@@ -502,11 +512,14 @@ pub(super) fn users_of_image(
 ) -> Attempt<Vec<(String, DiskRecord)>> {
     let mut statement = db.prepare(&format!("{DISK}, vm FROM disks WHERE image = ?1"))?;
     let rows = statement.query_map([image.text()?], |row| {
-        Ok((row.get::<_, String>(9)?, disk(row)?))
+        Ok((row.get::<_, String>(11)?, disk(row)?))
     })?;
     let rows = rows.collect::<rusqlite::Result<Vec<_>>>()?;
     rows.into_iter()
-        .map(|(vm, raw)| Ok((vm, raw.known()?)))
+        .map(|(vm, raw)| {
+            let layers = layers::of_disk(db, &vm, &raw.name)?;
+            Ok((vm, raw.known(layers)?))
+        })
         .collect()
 }
 
@@ -535,7 +548,8 @@ fn exists(db: &Connection, name: &str) -> Attempt<bool> {
         .is_some())
 }
 
-const DISK: &str = "SELECT name, slot, image, datastore, size, read_only, created, file, format";
+const DISK: &str =
+    "SELECT name, slot, image, datastore, size, read_only, created, file, format, parent, below";
 
 /// The columns of a disk as SQLite has them.
 struct RawDisk {
@@ -548,10 +562,12 @@ struct RawDisk {
     created: bool,
     file: Option<String>,
     format: String,
+    parent: Option<i64>,
+    below: String,
 }
 
 impl RawDisk {
-    fn known(self) -> Result<DiskRecord> {
+    fn known(self, layers: Vec<LayerRecord>) -> Result<DiskRecord> {
         let record = format!("disk '{}'", self.name);
         Ok(DiskRecord {
             slot: self.slot,
@@ -564,6 +580,9 @@ impl RawDisk {
                 .file
                 .map(|file| from_json(&record, &file))
                 .transpose()?,
+            below: from_json(&record, &self.below)?,
+            parent: self.parent.map(LayerId),
+            layers,
             name: self.name,
         })
     }
@@ -580,6 +599,8 @@ fn disk(row: &Row<'_>) -> rusqlite::Result<RawDisk> {
         created: row.get(6)?,
         file: row.get(7)?,
         format: row.get(8)?,
+        parent: row.get(9)?,
+        below: row.get(10)?,
     })
 }
 
@@ -637,8 +658,11 @@ fn find(db: &Connection, name: &str) -> Attempt<VmRecord> {
         .query_map([name], disk)?
         .collect::<rusqlite::Result<Vec<_>>>()?
         .into_iter()
-        .map(RawDisk::known)
-        .collect::<Result<_>>()?;
+        .map(|raw| {
+            let layers = layers::of_disk(db, name, &raw.name)?;
+            Ok(raw.known(layers)?)
+        })
+        .collect::<Attempt<_>>()?;
     let nics = db
         .prepare("SELECT name, slot, tap, bridge, mac FROM nics WHERE vm = ?1 ORDER BY position")?
         .query_map([name], nic)?

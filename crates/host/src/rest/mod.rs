@@ -19,7 +19,9 @@ use axum::routing::{delete, get, post};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strake_api::job::{JobId, LimitsChange};
-use strake_api::rest::{AddDatastore, CreateExport, CreateVm, MigrateDisk, RestartVm, StopVm};
+use strake_api::rest::{
+    AddDatastore, Consolidate, CreateExport, CreateVm, MigrateDisk, RestartVm, StopVm, TakeSnapshot,
+};
 use strake_observe::{Observation, Result};
 
 use crate::Host;
@@ -42,6 +44,19 @@ pub(crate) fn router(host: Arc<Host>) -> Router {
         .route("/v1/vms/{name}/log", get(log))
         .route("/v1/vms/{name}/console", post(console::attach))
         .route("/v1/vms/{name}/disks/{disk}/migrate", post(migrate))
+        .route(
+            "/v1/vms/{name}/disks/{disk}/snapshots",
+            get(disk_tree).post(snapshot),
+        )
+        .route(
+            "/v1/vms/{name}/disks/{disk}/snapshots/{snapshot}",
+            delete(delete_snapshot),
+        )
+        .route(
+            "/v1/vms/{name}/disks/{disk}/snapshots/{snapshot}/revert",
+            post(revert),
+        )
+        .route("/v1/vms/{name}/disks/{disk}/consolidate", post(consolidate))
         .route("/v1/jobs", get(jobs))
         .route("/v1/jobs/{id}", get(job))
         .route("/v1/jobs/{id}/cancel", post(cancel))
@@ -161,6 +176,57 @@ async fn migrate(
     let request: MigrateDisk = body(&bytes)?;
     answer(host, StatusCode::ACCEPTED, move |host| {
         host.migrate(&name, &disk, &request)
+    })
+    .await
+}
+
+async fn disk_tree(State(host): Shared, Path((name, disk)): Path<(String, String)>) -> Answer {
+    answer(host, StatusCode::OK, move |host| {
+        host.disk_tree(&name, &disk)
+    })
+    .await
+}
+
+async fn snapshot(
+    State(host): Shared,
+    Path((name, disk)): Path<(String, String)>,
+    bytes: Bytes,
+) -> Answer {
+    let request: TakeSnapshot = body(&bytes)?;
+    answer(host, StatusCode::ACCEPTED, move |host| {
+        host.snapshot(&name, &disk, &request)
+    })
+    .await
+}
+
+async fn delete_snapshot(
+    State(host): Shared,
+    Path((name, disk, snapshot)): Path<(String, String, String)>,
+) -> Answer {
+    answer(host, StatusCode::OK, move |host| {
+        host.delete_snapshot(&name, &disk, &snapshot)
+    })
+    .await
+}
+
+async fn revert(
+    State(host): Shared,
+    Path((name, disk, snapshot)): Path<(String, String, String)>,
+) -> Answer {
+    answer(host, StatusCode::ACCEPTED, move |host| {
+        host.revert(&name, &disk, &snapshot)
+    })
+    .await
+}
+
+async fn consolidate(
+    State(host): Shared,
+    Path((name, disk)): Path<(String, String)>,
+    bytes: Bytes,
+) -> Answer {
+    let request: Consolidate = body(&bytes)?;
+    answer(host, StatusCode::ACCEPTED, move |host| {
+        host.consolidate(&name, &disk, &request)
     })
     .await
 }

@@ -48,6 +48,7 @@ fn own(id: &str) -> Option<StatusCode> {
         | "host.no-such-export"
         | "host.no-such-disk"
         | "host.no-such-datastore"
+        | "host.no-such-snapshot"
         | "host.no-such-job" => StatusCode::NOT_FOUND,
         "host.request-refused" | "host.bad-name" => StatusCode::BAD_REQUEST,
         "api.spec-invalid"
@@ -72,6 +73,8 @@ fn own(id: &str) -> Option<StatusCode> {
         | "host.image-in-use"
         | "host.nic-conflict"
         | "host.wrong-state"
+        | "host.snapshot-exists"
+        | "host.no-snapshots"
         | "host.same-datastore"
         | "host.destination-exists"
         | "host.disk-busy"

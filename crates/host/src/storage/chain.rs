@@ -2,7 +2,9 @@
 //!
 //! Nothing is probed. The first image's format is the binding's, that of each image below is named
 //! by the header above it, and headers of raw images do not exist: what a guest writes to its disk
-//! is never read for this. A chain is listed, each file is opened and locked, and then the chain is
+//! is never read for this. The headers must name what the inventory has recorded: a monitor that its
+//! guest has taken over may write its image's header, and must not be given another VM's image for
+//! it. A chain is listed, each file is opened and locked, and then the chain is
 //! listed once more: what was changed before the locks were had is seen then.
 //!
 //! The top of a disk that the guest may write is locked for its monitor alone; all other files
@@ -81,20 +83,21 @@ pub(crate) struct OpenImage {
     pub(crate) identity: FileIdentity,
 }
 
+/// One of its files.
 #[derive(Debug)]
-struct OpenLayer {
-    fd: OwnedFd,
-    path: PathBuf,
-    format: ImageFormat,
+pub(super) struct OpenLayer {
+    pub(super) fd: OwnedFd,
+    pub(super) path: PathBuf,
+    pub(super) format: ImageFormat,
     access: LayerAccess,
 }
 
-/// Opens an image for a monitor and locks it with everything below. `user` names who has a file,
-/// should it be locked.
+/// Opens an image for a monitor and locks it with everything below, which must be the files `below`.
+/// `user` names who has a file, should it be locked.
 pub(crate) fn open(
     binding: &Binding,
     mode: Mode,
-    allowed: &dyn Fn(&Path) -> bool,
+    below: &[PathBuf],
     user: &dyn Fn(&Path) -> String,
 ) -> Result<OpenImage> {
     let path = binding.file()?;
@@ -104,8 +107,14 @@ pub(crate) fn open(
     }
     // Also tells a file that is missing better than the list does.
     image::require(path)?;
-    let members = list(path, allowed)?;
+    let known = |path: &Path| below.iter().any(|file| file == path);
+    let allowed = |real: &Path| known(real) || below.iter().any(|file| leads_to(file, real));
+    let members = list(path, &allowed)?;
     let failed = || ChainRefused { path: show(path) };
+    if !members.iter().skip(1).map(|of| &of.path).eq(below) {
+        let why = "its headers name other images below it than the inventory has recorded";
+        return Err(changed(path, why)).because_of(failed);
+    }
     let mut layers = Vec::new();
     for (number, member) in members.iter().enumerate() {
         let mode = if number == 0 { mode } else { Mode::Read };
@@ -134,7 +143,7 @@ pub(crate) fn open(
             access: mode.access(),
         });
     }
-    if list(path, allowed)? != members {
+    if list(path, &allowed)? != members {
         return Err(changed(path, "it changed while it was being opened")).because_of(failed);
     }
     let identity = match layers.first() {
@@ -148,7 +157,18 @@ pub(crate) fn open(
     })
 }
 
+impl OpenLayer {
+    /// Whether another descriptor is of the same file.
+    pub(super) fn is(&self, other: &OwnedFd) -> Result<bool> {
+        Ok(identity(&self.fd, &self.path)?.is(&identity(other, &self.path)?))
+    }
+}
+
 impl OpenImage {
+    pub(super) fn layers(&self) -> &[OpenLayer] {
+        &self.layers
+    }
+
     /// An image of one file, which is open and locked.
     pub(crate) fn single(
         fd: OwnedFd,
@@ -212,6 +232,11 @@ fn identity(fd: &OwnedFd, path: &Path) -> Result<FileIdentity> {
     FileIdentity::of(&file, path)
 }
 
+/// Whether a recorded name leads to a file, through whatever links.
+fn leads_to(name: &Path, real: &Path) -> bool {
+    std::fs::canonicalize(name).is_ok_and(|found| found == real)
+}
+
 /// Whether what was opened by name is what was listed.
 fn is_member(fd: &OwnedFd, member: &Member) -> Result<()> {
     let path = show(&member.path);
@@ -271,7 +296,8 @@ mod tests {
         let looks = look(&binding, &|_| true).unwrap().unwrap();
         assert_eq!(looks.size, 1 << 20);
         assert_eq!(looks.files, [top.clone(), middle.clone(), base.clone()]);
-        let opened = open(&binding, Mode::Write, &|_| true, &nobody).unwrap();
+        let below = [middle.clone(), base.clone()];
+        let opened = open(&binding, Mode::Write, &below, &nobody).unwrap();
         // Locked: the top against everybody, the others against writers.
         let raw = Binding::new(&base, ImageFormat::Raw);
         for (path, mode, free) in [
@@ -284,7 +310,7 @@ mod tests {
             let taken = image::open_any(path, mode, || "somebody".to_owned());
             assert_eq!(taken.is_ok(), free, "{} {mode:?}", path.display());
         }
-        assert!(open(&raw, Mode::Write, &|_| true, &nobody).is_err());
+        assert!(open(&raw, Mode::Write, &[], &nobody).is_err());
         let mut fds = Descriptors::default();
         let ImageConfig::Qcow2 { layers } = opened.give(&mut fds).unwrap() else {
             panic!("it is no chain");
@@ -307,24 +333,31 @@ mod tests {
     fn a_chain_that_leads_elsewhere_is_refused_and_a_raw_disk_leads_nowhere() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().canonicalize().unwrap();
-        let [top, _, base] = chain(&dir);
+        let [top, middle, base] = chain(&dir);
         let binding = Binding::new(&top, ImageFormat::Qcow2);
         let only_qcow2 = |path: &Path| path.extension().is_some_and(|of| of == "qcow2");
-        let seen = open(&binding, Mode::Write, &only_qcow2, &nobody).unwrap_err();
+        let seen = look(&binding, &only_qcow2).unwrap_err();
         assert!(seen.find("qcow2.outside-of-datastores").is_some(), "{seen}");
+        // What is recorded counts, not what a header says.
+        let recorded = [middle.clone(), base.clone()];
+        for wrong in [&recorded[..1], &[], &[base.clone(), middle.clone()]] {
+            let seen = open(&binding, Mode::Write, wrong, &nobody).unwrap_err();
+            assert_eq!(seen.id(), "host.chain-refused");
+        }
+        drop(open(&binding, Mode::Write, &recorded, &nobody).unwrap());
         std::fs::remove_file(&base).unwrap();
-        let seen = open(&binding, Mode::Write, &|_| true, &nobody).unwrap_err();
+        let seen = open(&binding, Mode::Write, &recorded, &nobody).unwrap_err();
         assert!(seen.find("qcow2.backing-missing").is_some(), "{seen}");
         // The same file as a raw disk: what its guest wrote there is nobody's business.
         let binding = Binding::new(&top, ImageFormat::Raw);
-        let opened = open(&binding, Mode::Write, &|_| false, &nobody).unwrap();
+        let opened = open(&binding, Mode::Write, &[], &nobody).unwrap();
         let config = opened.give(&mut Descriptors::default()).unwrap();
         assert!(matches!(config, ImageConfig::Raw { .. }));
         // And what is said to be qcow2 must be it.
         let raw = dir.join("plain.qcow2");
         drop(image::create(&Binding::new(&raw, ImageFormat::Raw), 1 << 20).unwrap());
         let binding = Binding::new(&raw, ImageFormat::Qcow2);
-        let seen = open(&binding, Mode::Write, &|_| true, &nobody).unwrap_err();
+        let seen = open(&binding, Mode::Write, &[], &nobody).unwrap_err();
         assert!(seen.find("qcow2.not-qcow2").is_some(), "{seen}");
     }
 

@@ -12,12 +12,12 @@ use rustix::io::Errno;
 use strake_api::image::{ImageFormat, LayerAccess};
 use strake_api::spec::SECTOR;
 use strake_block::Access;
+use strake_block::lock::{self, Share};
 use strake_observe::{Because, Observation, OsContext, Result};
 use strake_qcow2::{CreateOptions, FileStore};
 
 use super::identity::FileIdentity;
 use super::location::Binding;
-use super::lock::{self, Share};
 use super::removal::{self, Claim, Removal};
 use super::store;
 use crate::config::show;
@@ -150,6 +150,15 @@ pub(crate) fn open_any(path: &Path, mode: Mode, user: impl Fn() -> String) -> Re
     let file = open_free(path, mode, exclusive, &user)?;
     take_lock(&file, path, mode, LOCK_PATIENCE, user)?;
     Ok(file.into())
+}
+
+/// Opens an image for writing of which the same monitor reads already: locked against writers only.
+pub(crate) fn open_beside_readers(path: &Path) -> Result<File> {
+    require(path)?;
+    let file = open_direct(path, Mode::Write, false)?;
+    let other = || "another process, which writes to it".to_owned();
+    take_lock(&file, path, Mode::Read, LOCK_PATIENCE, other)?;
+    Ok(file)
 }
 
 /// As [`open_direct`]; a block device that is mounted or that somebody else has to himself is told

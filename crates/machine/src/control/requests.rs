@@ -13,7 +13,7 @@ use strake_observe::{Observation, Result};
 use super::Server;
 use crate::images;
 use crate::observations::{BadPacket, HelloMissing, WrongState, WrongVersion};
-use crate::{Descriptors, Machine, MigrationRequest};
+use crate::{ConsolidateRequest, Descriptors, Machine, MigrationRequest, SnapshotRequest};
 
 impl Server {
     /// Does what a packet asks. Descriptors that the request does not use are closed.
@@ -130,6 +130,37 @@ impl Server {
                     },
                 };
                 self.live("migrate a disk")?.migrate(request)?;
+            }
+            Request::SnapshotDisk {
+                job,
+                disk,
+                overlay,
+                limits,
+            } => {
+                let (make, covered) = images::cover(&overlay, &mut fds)?;
+                let request = SnapshotRequest {
+                    job,
+                    disk,
+                    make,
+                    covered,
+                    limits,
+                };
+                self.live("take a snapshot")?.snapshot(request)?;
+            }
+            Request::ConsolidateDisk {
+                job,
+                disk,
+                below,
+                limits,
+            } => {
+                let request = ConsolidateRequest {
+                    job,
+                    disk,
+                    below,
+                    fds,
+                    limits,
+                };
+                self.live("consolidate a disk")?.consolidate(request)?;
             }
             Request::JobStatus { job } => {
                 return Ok(Reply::Job(self.any("tell about a job")?.job_status(&job)?));

@@ -279,6 +279,54 @@ mod tests {
         }
     }
 
+    /// The files of lower layers get their rings when a worker first reads there.
+    #[test]
+    fn a_worker_reads_and_writes_through_a_chain_of_images() {
+        use std::sync::Arc;
+        use strake_block::{Access, Blocking, Image};
+        use strake_qcow2::{ChainPart, CreateOptions, FileStore, Format, create, open_chain};
+        let dir = tempfile::tempdir().unwrap();
+        let part = |name: &str, format, access| {
+            let mut options = std::fs::File::options();
+            options.read(true).write(true).create(true).truncate(false);
+            let file = options.open(dir.path().join(name)).unwrap();
+            ChainPart {
+                store: Arc::new(FileStore::from_fd(file.into(), name, access).unwrap()),
+                format,
+                access,
+            }
+        };
+        std::fs::write(dir.path().join("base"), vec![7; 1 << 20]).unwrap();
+        let mut below = ("base", Format::Raw);
+        for name in ["middle", "top"] {
+            let store = part(name, Format::Qcow2, Access::ReadWrite).store;
+            let options = CreateOptions::new(1 << 20).backing(below.0, below.1);
+            create(&*store, &options).unwrap();
+            below = (name, Format::Qcow2);
+        }
+        let chain = open_chain(vec![
+            part("top", Format::Qcow2, Access::ReadWrite),
+            part("middle", Format::Qcow2, Access::ReadOnly),
+            part("base", Format::Raw, Access::ReadOnly),
+        ])
+        .unwrap();
+        let program = compile(ThreadKind::Worker).unwrap();
+        let worker = std::thread::spawn(move || {
+            let mut queue = Blocking::new(&*chain).unwrap();
+            apply(&program).unwrap();
+            let mut data = [0; 4096];
+            queue.read(4096, &mut data).unwrap();
+            assert_eq!(data, [7; 4096]);
+            queue.write(512, &[9; 512]).unwrap();
+            queue.read(0, &mut data).unwrap();
+            assert_eq!((data[511], data[512], data[1024]), (7, 9, 7));
+            chain.flush().unwrap();
+            // The last one to leave an image drops it.
+            drop((queue, chain));
+        });
+        worker.join().unwrap();
+    }
+
     #[test]
     fn nothing_reaches_out_of_the_process() {
         for call in [

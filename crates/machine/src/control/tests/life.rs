@@ -5,9 +5,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use strake_api::control::{
-    DiskConfig, Event, ExitReason, FdIndex, ImageConfig, Reply, Request, RunState,
+    DiskConfig, Event, ExitReason, FdIndex, ImageConfig, KeepConfig, Reply, Request, RunState,
 };
-use strake_api::job::{JobId, MigrationLimits, Phase, Suspend};
+use strake_api::job::{Ceiling, JobId, LimitsChange, MigrationLimits, Phase, Progress, Suspend};
 
 use strake_observe::Kind;
 
@@ -300,6 +300,77 @@ fn migrate(monitor: &Monitor, daemon: &mut Daemon, name: &str, suspend: Suspend)
         },
         &[destination.into(), journal.into()],
     )
+}
+
+#[test]
+fn a_job_is_paused_resumed_and_limited_and_interrupted_by_the_end_of_its_vm() {
+    let Some((monitor, mut daemon)) = with_disk(1) else {
+        return;
+    };
+    let job = JobId("j1".to_owned());
+    let file = |name: &str, size: u64| {
+        let file = read_write(&monitor.file(name, b""));
+        file.set_len(size).unwrap();
+        file
+    };
+    let kept = file("kept", 0);
+    let ask = |keep: KeepConfig, daemon: &mut Daemon| {
+        let fds = [
+            file("to.raw", 4 << 20).into(),
+            file("to.journal", 0).into(),
+            kept.try_clone().unwrap().into(),
+        ];
+        let request = Request::MigrateDisk {
+            job: job.clone(),
+            disk: "root".to_owned(),
+            destination: ImageConfig::Raw {
+                file: FdIndex(0),
+                path: "to.raw".to_owned(),
+            },
+            journal: FdIndex(1),
+            limits: MigrationLimits {
+                bytes_per_second: Some(1),
+                ..MigrationLimits::default()
+            },
+            keep: Some(keep),
+        };
+        daemon.ask_with(request, &fds)
+    };
+    // Only before the guest runs.
+    let reply = ask(KeepConfig::Again(FdIndex(2)), &mut daemon);
+    let Reply::Failed(seen) = reply else {
+        panic!("{reply:?}");
+    };
+    assert_eq!(seen.id(), "machine.wrong-state");
+    let reply = ask(KeepConfig::New(FdIndex(2)), &mut daemon);
+    assert!(matches!(reply, Reply::Done), "{reply:?}");
+    let end = Instant::now() + PATIENCE;
+    while kept.metadata().unwrap().len() == 0 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(kept.metadata().unwrap().len() > 0);
+    let progress = |request: Request, daemon: &mut Daemon| {
+        daemon.done(request);
+        match daemon.ask(Request::JobStatus { job: job.clone() }) {
+            Reply::Job(status) => status.progress,
+            other => panic!("{other:?}"),
+        }
+    };
+    let paused = progress(Request::PauseJob { job: job.clone() }, &mut daemon);
+    assert_eq!(paused, Progress::Paused);
+    let on = progress(Request::ResumeJob { job: job.clone() }, &mut daemon);
+    assert_eq!(on, Progress::On);
+    daemon.done(Request::SetJob {
+        job: job.clone(),
+        change: LimitsChange {
+            bytes_per_second: Some(Ceiling::At(2)),
+            ..LimitsChange::default()
+        },
+    });
+    daemon.done(Request::Stop);
+    assert_eq!(ended(&mut daemon).phase, Phase::Interrupted);
+    exited(&mut daemon);
+    monitor.join();
 }
 
 fn awaits(event: &Event) -> bool {

@@ -11,15 +11,19 @@ use std::os::fd::{AsFd, AsRawFd};
 
 /// Who may hold the image beside this one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Share {
+pub enum Share {
     /// Nobody.
     Alone,
     /// Other readers.
     WithReaders,
 }
 
-/// Takes the lock on the whole file, or tells that somebody else has it (`Ok(false)`).
-pub(crate) fn take(file: impl AsFd, share: Share) -> io::Result<bool> {
+/// Takes the lock on the whole file, or changes the one that it has, or tells that somebody else's is
+/// in the way (`Ok(false)`): then it has what it had before.
+///
+/// # Errors
+/// When the file system has no locks, or the descriptor does not allow this one.
+pub fn take(file: impl AsFd, share: Share) -> io::Result<bool> {
     // SAFETY: `flock` is plain data for which zeroes are valid: from offset 0 to the end.
     let mut range: libc::flock = unsafe { std::mem::zeroed() };
     range.l_type = match share {
