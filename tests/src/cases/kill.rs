@@ -55,7 +55,11 @@ const OF_A_RESET: &[&str] = &["after-exit-recorded", "before-restart"];
 
 /// The methods of migration take turns: whoever is killed, each has to come through.
 fn method(round: usize) -> &'static str {
-    if round.is_multiple_of(2) { "mirror" } else { "dirty" }
+    if round.is_multiple_of(2) {
+        "mirror"
+    } else {
+        "dirty"
+    }
 }
 
 /// All others lie on the way of a migration.

@@ -29,7 +29,6 @@ pub struct Connection {
 /// What [`Connection::receive`] found.
 #[allow(clippy::large_enum_variant, reason = "it is taken apart at once")]
 #[derive(Debug)]
-#[allow(clippy::large_enum_variant)] // there is one at a time
 pub enum Received {
     /// A packet.
     Packet(Packet, Descriptors),
