@@ -52,6 +52,12 @@ impl HostConfig {
         self.vm_run(vm).join("observations")
     }
 
+    /// The same of a monitor that is about to take the guest over.
+    #[must_use]
+    pub fn next_observations(&self, vm: &str) -> PathBuf {
+        self.vm_run(vm).join("observations.next")
+    }
+
     /// The monitor's control socket.
     #[must_use]
     pub fn control_socket(&self, vm: &str) -> PathBuf {

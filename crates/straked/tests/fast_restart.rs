@@ -9,6 +9,7 @@ mod common;
 
 use common::{World, kill, monitors, soon};
 use serde_json::{Value, json};
+use strake_api::control::ExitReason;
 use strake_api::rest::{Job, Restarted, Vm, VmState};
 
 const RESTART: &str = "/v1/vms/web1/restart";
@@ -39,10 +40,10 @@ fn is_whole(world: &World, context: &str) -> Vm {
     let image = std::fs::read(&vm.disks[0].image).unwrap();
     assert_eq!(&image[8192..8198], b"after!", "{context}");
     assert_eq!(&image[4096..4102], b"before", "{context}");
-    assert!(
-        !world.path("run/vms/web1/control-next.sock").exists(),
-        "{context}"
-    );
+    for name in ["control-next.sock", "observations.next"] {
+        let left = world.path("run/vms/web1").join(name);
+        assert!(!left.exists(), "{context}: {name} is left");
+    }
     vm
 }
 
@@ -84,6 +85,27 @@ fn what_refuses_or_dies_leaves_the_guest_where_it_was() {
         let (_, seen) = world.refused("POST", RESTART, &fast());
         assert_eq!(seen.id(), "host.handover-failed", "{cmdline}: {seen}");
         assert_eq!(is_whole(&world, cmdline).pid, pid);
+    }
+}
+
+/// What the monitor that has the guest saw last is known, whether it is the successor or one whose
+/// handover was called off.
+#[test]
+fn what_a_killed_monitor_saw_last_is_known_after_a_handover() {
+    for (cmdline, moves) in [("", true), ("refuse-guest", false)] {
+        let world = running(cmdline);
+        if moves {
+            restart(&world);
+        } else {
+            world.refused("POST", RESTART, &fast());
+        }
+        world.tell("web1", "see-and-die");
+        let vm = world.wait_for("web1", VmState::Failed);
+        let Some(ExitReason::Failed(seen)) = vm.last_exit else {
+            panic!("{vm:?}");
+        };
+        let last = seen.find("fake.staged").unwrap();
+        assert!(last.text().contains("in the last moment"), "{seen:#?}");
     }
 }
 

@@ -61,7 +61,10 @@ fn bad_specs(name: &str) -> Outcome {
             good.replace("a:vm-root.raw", "../../etc/shadow"),
             vec!["../../etc/shadow"],
         ),
-        (good.replace("cpus = 1\n", ""), vec!["cpus"]),
+        (
+            good.replace("cpus = 1\n", "cpus = 1\ncpus = 2\n"),
+            vec!["cpus"],
+        ),
     ] {
         fs::write(&file, spec)?;
         let said = refused(host.strake(&["create", "vm", "-f", &shown])?, &names)?;

@@ -29,6 +29,7 @@ Options:
   --checkpoint N    save what was acknowledged every N seconds, for `verify` after a crash
                     (default 10, 0 for never)
   --no-discard      the disk has no discard
+  --no-hints        write-zeroes only: the disk need not read as zeroes after a discard
   --seed N          the identity of the run (default: from the clock)
 
 It says every second
@@ -58,7 +59,7 @@ fn main() -> ExitCode {
 }
 
 fn start() -> Result<bool, String> {
-    let flags = ["help", "no-discard"];
+    let flags = ["help", "no-discard", "no-hints"];
     let arguments = Arguments::parse(std::env::args().skip(1), &flags, OPTIONS)?;
     if arguments.has("help") {
         print!("{HELP}");
@@ -96,6 +97,8 @@ fn write(disk: &str, arguments: &Arguments) -> Result<bool, String> {
         },
         discards: if arguments.has("no-discard") {
             Discards::No
+        } else if arguments.has("no-hints") {
+            Discards::ZeroesOnly
         } else {
             Discards::Yes
         },

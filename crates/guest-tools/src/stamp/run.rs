@@ -20,8 +20,11 @@ const MOST_BLOCKS: u64 = 16;
 /// Whether the run discards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Discards {
-    /// In a quarter of the chunks.
+    /// In a quarter of the chunks, where write-zeroes happens too.
     Yes,
+    /// Only write-zeroes does: of a disk that may take a discard as a hint, and so need not read as
+    /// zeroes after one.
+    ZeroesOnly,
     /// Not at all.
     No,
 }
@@ -380,7 +383,8 @@ impl<'a> Writer<'a> {
         }
         let (offset, length) = (first * BLOCK, count * BLOCK);
         self.shared.map.set(first, count, UNTOUCHED);
-        let (what, done) = if self.random.below(2) == 0 {
+        let hint = self.random.below(2) == 0 && self.shared.plan.discards == Discards::Yes;
+        let (what, done) = if hint {
             ("discard", self.shared.device.discard(offset, length))
         } else {
             (

@@ -244,12 +244,7 @@ impl Host {
             .connection()
             .call("take over", Request::TakeOver, &[], QUICK);
         crash::point("after-take-over");
-        // On its socket the next daemon, and this one after a loss, looks for the VM's monitor.
-        let (next, socket) = (
-            self.config.next_socket(name),
-            self.config.control_socket(name),
-        );
-        let renamed = std::fs::rename(&next, &socket).os("rename", next.display());
+        let renamed = self.take_names(name);
         crash::point("after-socket-renamed");
         let stop_asked = cell.change(|live| {
             live.trouble = None;
@@ -406,6 +401,22 @@ impl Host {
         Err(seen)
     }
 
+    /// The successor is the VM's monitor: it gets the names by which the next daemon, and this one after
+    /// a loss, looks for that and for what it saw.
+    fn take_names(&self, name: &str) -> Result<()> {
+        let rename =
+            |next: &Path, place: &Path| std::fs::rename(next, place).os("rename", next.display());
+        let (next, socket) = (
+            self.config.next_socket(name),
+            self.config.control_socket(name),
+        );
+        let kept = (
+            self.config.next_observations(name),
+            self.config.monitor_observations(name),
+        );
+        rename(&next, &socket).and(rename(&kept.0, &kept.1))
+    }
+
     /// The guest goes on in the monitor that it was in. One that does not hear it now is told when
     /// its supervisor has reached it again.
     fn call_off(&self, old: &Monitor, task: &mut Task) {
@@ -418,6 +429,7 @@ impl Host {
 
     fn forget_successor(&self, name: &str, task: &mut Task) {
         task.attempt(remove_file(&self.config.next_socket(name)));
+        task.attempt(remove_file(&self.config.next_observations(name)));
         task.attempt(self.inventory.vm_handover_ended(name));
     }
 
@@ -434,10 +446,14 @@ impl Host {
     /// What a daemon before left of a handover: the monitor that may not run the guest is ended, the
     /// other one gets the place of the VM's monitor.
     pub(super) fn finish_handover(&self, record: &VmRecord) {
+        let name = record.name.as_str();
         let Some((pid, started)) = record.other_process else {
+            // What is there then is of one that was not started any more.
+            if let Err(seen) = remove_file(&self.config.next_observations(name)) {
+                note(seen);
+            }
             return;
         };
-        let name = record.name.as_str();
         match Process::find(pid, started) {
             Ok(Some(other)) => {
                 tracing::info!(
@@ -451,18 +467,15 @@ impl Host {
             Ok(None) => {}
             Err(seen) => return note(seen), // It may live: nothing is changed.
         }
-        let (next, socket) = (
-            self.config.next_socket(name),
-            self.config.control_socket(name),
-        );
+        let next = self.config.next_socket(name);
         let at_next = Connection::open_within(&next, QUICK);
         let is_next = at_next.is_ok_and(|(_, greeting, _)| {
             greeting.pid.is_some() && greeting.pid == record.process.map(|(pid, _)| pid)
         });
         let moved = if is_next {
-            std::fs::rename(&next, &socket).os("rename", next.display())
+            self.take_names(name)
         } else {
-            remove_file(&next)
+            remove_file(&next).and(remove_file(&self.config.next_observations(name)))
         };
         if let Err(seen) = moved {
             note(seen);

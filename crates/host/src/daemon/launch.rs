@@ -103,6 +103,11 @@ impl Host {
                 mac,
             });
         }
+        let observations = match &lent {
+            // Until it has the guest the file of the other one counts.
+            Some(_) => self.config.next_observations(&vm.name),
+            None => self.config.monitor_observations(&vm.name),
+        };
         let size = spec.memory.0;
         let memfd = match lent {
             Some(lent) => lent.memory,
@@ -115,8 +120,7 @@ impl Host {
         private(&self.config.vm_state(&vm.name))?;
         let console_log = fds.add(open_console_log(&self.config.console_log(&vm.name))?)?;
         private(&self.config.vm_run(&vm.name))?;
-        let observations = open_observations(&self.config.monitor_observations(&vm.name))?;
-        let observations = Some(fds.add(observations)?);
+        let observations = Some(fds.add(open_observations(&observations)?)?);
         Ok(Launch {
             configure: Request::Configure(Box::new(MachineConfig {
                 vm: vm.name.clone(),

@@ -142,9 +142,13 @@ impl Host {
                 .as_ref()
                 .map(|status| status.uptime_ms)
                 .or_else(since_start),
-            last_exit: trouble
-                .map(ExitReason::Failed)
-                .or_else(|| record.last_exit.clone()),
+            last_exit: match (trouble, depth) {
+                (Some(seen), _) => Some(ExitReason::Failed(seen)),
+                (None, Depth::Record) => record.last_exit.clone(),
+                // An end is recorded before it is shown: a record from before the look at what the
+                // VM does may not have it.
+                (None, Depth::Monitor) => self.inventory.vm(&record.name)?.last_exit,
+            },
             disks: record
                 .disks
                 .iter()
