@@ -36,7 +36,12 @@ fn main() -> ExitCode {
         .filter(|word| !word.starts_with("--"))
         .cloned()
         .collect();
-    match runner::run(&cases::all(), &words, &before) {
+    let tests = if words.is_empty() {
+        cases::usual()
+    } else {
+        cases::all()
+    };
+    match runner::run(&tests, &words, &before) {
         0 => ExitCode::SUCCESS,
         _ => ExitCode::FAILURE,
     }

@@ -90,15 +90,24 @@ fn phase(job: &Value) -> &str {
         .unwrap_or_default()
 }
 
+/// The phases after which nothing more happens.
+const FINAL: &[&str] = &["completed", "failed", "cancelled"];
+
+/// Those, and the one of a job whose VM has ended before it.
+const AT_REST: &[&str] = &["completed", "failed", "cancelled", "interrupted"];
+
 /// Every job has come to an end, and the stores hold the disk's image and nothing else that looks
 /// like one, unless a completed job left its source there.
 fn settled(host: &Host, vm: &Vm) -> Outcome {
+    settled_as(host, vm, FINAL)
+}
+
+/// Every job is in one of the phases, and the disk's image is there.
+fn settled_as(host: &Host, vm: &Vm, phases: &[&str]) -> Outcome {
     let mut seen = Vec::new();
     wait_until("every job has ended", Duration::from_secs(90), || {
         seen = jobs(host)?;
-        Ok(seen
-            .iter()
-            .all(|job| ["completed", "failed", "cancelled"].contains(&phase(job))))
+        Ok(seen.iter().all(|job| phases.contains(&phase(job))))
     })
     .map_err(|failure| Failure::new(format!("{failure}; jobs: {seen:?}")))?;
     let image = vm.image(host)?;
@@ -310,9 +319,21 @@ fn monitor_killed(name: &str) -> Outcome {
             || Ok(["failed", "stopped"].contains(&vm.state(&host)?.as_str())),
         )?;
         check!(!process::exists(monitor), "the monitor survived");
-        settled(&host, &vm).doing(format!("killed after {instant} ms"))?;
+        let killed = || format!("killed after {instant} ms, {said:?}");
+        settled_as(&host, &vm, AT_REST).doing(killed())?;
+        verify_image(&vm.image(&host)?).doing(killed())?;
+        // An interrupted job goes on with the VM's next start.
+        vm.start(&mut host)?;
+        vm.wait_for_guest(&host)?;
+        settled(&host, &vm).doing(killed())?;
         let image = vm.image(&host)?;
-        verify_image(&image).doing(format!("killed after {instant} ms, {said:?}"))?;
+        check!(
+            round != 0 || image.starts_with(host.store(to)),
+            "the job did not go on: the disk is on {}",
+            image.display()
+        );
+        vm.force_off(&host)?;
+        verify_image(&image).doing(killed())?;
         forget_sources(&host, &vm)?;
     }
     vm.start(&mut host)?;
