@@ -63,7 +63,7 @@ fn bad_specs(name: &str) -> Outcome {
         ),
         (
             good.replace("cpus = 1\n", "cpus = 1\ncpus = 2\n"),
-            vec!["cpus"],
+            vec!["duplicate key"],
         ),
     ] {
         fs::write(&file, spec)?;
