@@ -11,12 +11,12 @@ mod storage_faults;
 
 use crate::runner::Test;
 
-/// Tests that run only if one of the words names them: all of `restart.rs`. A guest of several vCPUs
+/// Tests that run only if one of the words names them. A guest of several vCPUs
 /// that is moved again and again has hung the lab's emulated processor, which then takes no interrupt
 /// any more; on a host whose own KVM runs stock guests there is no reason to leave them out.
 #[must_use]
 pub fn by_name_only() -> &'static [Test] {
-    restart::TESTS
+    restart::REPEATED
 }
 
 /// What runs without a word, quick ones first.
@@ -28,6 +28,7 @@ pub fn usual() -> Vec<Test> {
         power::TESTS,
         migrate::TESTS,
         snapshots::TESTS,
+        restart::TESTS,
         storage_faults::TESTS,
         kill::TESTS,
     ]
