@@ -133,7 +133,7 @@ fn a_successor_that_dies_when_it_has_the_guest_has_failed() {
 fn a_vm_that_does_not_run_and_one_with_a_job_are_refused() {
     let world = World::new();
     let mut world = world;
-    world.create("hold");
+    world.create("job=hold");
     let (_, seen) = world.refused("POST", RESTART, &fast());
     assert!(seen.find("host.wrong-state").is_some(), "{seen}");
     world.start("web1");
